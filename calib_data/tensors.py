@@ -1,0 +1,31 @@
+"""Safetensors files, written so that what the disk refuses comes as an OSError, as from any other file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Writes tensors by name; tensors that share memory are written each for itself."""
+    owned: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        owned[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(owned[name].data_ptr())
+    try:
+        save_file(owned, path)
+    except SafetensorError as error:
+        code = _os_error(str(error))
+        if code is None:
+            raise
+        raise OSError(code, str(error)) from error
+
+
+def _os_error(message: str) -> int | None:
+    _, found, rest = message.partition("os error ")  # the library tells the number only in its text
+    return int(rest.split(")")[0]) if found else None

@@ -1,0 +1,1 @@
+"""What runs without torch: artifacts, engine backends and their runners. An application embeds this package."""

@@ -1,0 +1,296 @@
+"""Artifacts: folders with a manifest that names their content by digest, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TIMINGS = "timings.json"  # measured, so outside every digest
+MAX_MANIFEST_BYTES = 64 << 20  # a manifest is text about an artifact; more than this is not one of ours
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact folder and its manifest."""
+
+    path: Path
+    manifest: Json
+
+    @property
+    def digest(self) -> str:
+        return str(self.manifest["digest"])
+
+    @property
+    def info(self) -> Json:
+        return dict(self.manifest["info"])
+
+    def file(self, name: str) -> Path:
+        """Returns the path of a file the manifest lists; refuses any other name."""
+        if name not in self.manifest["files"]:
+            raise UserError(
+                f"{self.path}: its manifest lists no file {name!r}",
+                fix=f"it holds {', '.join(self.manifest['files'])}; delete the folder and make it again",
+            )
+        return inside(self.path, name)
+
+    def files(self, prefix: str = "") -> list[str]:
+        return [name for name in self.manifest["files"] if name.startswith(prefix)]
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an artifact is asked to be; an artifact whose manifest holds the same request is up to date."""
+
+    kind: str
+    made_from: Mapping[str, str]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> Json:
+        return {
+            "kind": self.kind,
+            "made_from": dict(self.made_from),
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+        }
+
+    @property
+    def digest(self) -> str:
+        return digest_json(self.to_json())
+
+
+def digest_json(value: object) -> str:
+    """Returns the sha256 of a JSON value in canonical form (sorted keys, no white space)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Returns folder/name, refusing a name that leaves the folder (absolute, `..`, or through a link)."""
+    path = folder / name
+    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{folder}: the file name {name!r} leaves the folder",
+            fix="do not use this artifact: its manifest was not written by export-engine",
+        )
+    return path
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes indented JSON through a temporary name, so that a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with writing_errors(path):
+        with temporary.open("w") as file:
+            json.dump(value, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Json:
+    """Reads a JSON object; a missing, oversized or malformed file is the user's error."""
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes, more than {MAX_MANIFEST_BYTES}", fix="this is no JSON of ours"
+            )
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file", fix="check the path, or make the artifact again") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})", fix="restore the file or make the artifact again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", fix="check the path and its permissions") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not an object", fix="make the artifact again")
+    return value
+
+
+def open_artifact(path: Path, kind: str) -> Artifact:
+    """Opens an artifact and checks that its kind is `kind` and that every file still has its digest."""
+    if not (path / MANIFEST).is_file():
+        raise UserError(
+            f"{path}: not a {kind} folder (no {MANIFEST})", fix=f"give the folder that made a {kind}, or make it first"
+        )
+    artifact = _read(path)
+    if artifact.manifest["kind"] != kind:
+        raise UserError(f"{path}: is a {artifact.manifest['kind']}, not a {kind}", fix=f"give the folder of a {kind}")
+    for name, entry in artifact.manifest["files"].items():
+        file = inside(path, name)
+        if not file.is_file():
+            raise UserError(f"{path}: its file {name!r} is missing", fix=f"delete {path} and make it again")
+        if file.stat().st_size != entry["bytes"]:
+            raise UserError(
+                f"{file}: {file.stat().st_size} bytes, its manifest says {entry['bytes']}",
+                fix=f"delete {path} and make it again",
+            )
+        found = digest_file(file)
+        if found != entry["sha256"]:
+            raise UserError(
+                f"{file}: sha256 {found[:16]}…, its manifest says {entry['sha256'][:16]}…: changed after it was made",
+                fix=f"delete {path} and make it again",
+            )
+    return artifact
+
+
+def kind_of(path: Path) -> str:
+    """Returns the kind of the artifact at `path`."""
+    return str(_read(path).manifest["kind"])
+
+
+def _read(path: Path) -> Artifact:
+    manifest = read_json(path / MANIFEST)
+    missing = {"schema_version", "kind", "digest", "made_from", "files", "info"} - manifest.keys()
+    if missing:
+        raise UserError(f"{path / MANIFEST}: lacks {', '.join(sorted(missing))}", fix="make the artifact again")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            f"{path / MANIFEST}: schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}",
+            fix="make the artifact again with this version",
+        )
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    if digest_json(content) != manifest["digest"]:
+        raise UserError(f"{path / MANIFEST}: was changed after it was written", fix=f"delete {path} and make it again")
+    return Artifact(path, manifest)
+
+
+def current(path: Path, request: Request) -> Artifact | None:
+    """Returns the artifact at `path` if it is intact and was made by the same request, else None."""
+    if not (path / MANIFEST).is_file() or _read(path).manifest.get("request") != request.digest:
+        return None
+    return open_artifact(path, request.kind)
+
+
+class Draft:
+    """An artifact being written: files go into `path`, facts into `info`."""
+
+    def __init__(self, path: Path, resumed: bool) -> None:
+        self.path = path
+        self.info: Json = {}
+        self.timings: Json = {}
+        self.resumed = resumed
+
+
+@contextlib.contextmanager
+def drafting(path: Path, request: Request) -> Iterator[Draft]:
+    """Yields a draft in a hidden sibling folder and, on success, renames it to `path`; on an error removes it.
+
+    A draft of the same request that a kill or Ctrl-C left behind is handed back, for stages that can use its files.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing_errors(path):
+        refuse_foreign(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mark = partial / ".request"
+        resumed = mark.is_file() and mark.read_text() == request.digest
+        if not resumed:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            mark.write_text(request.digest)
+    draft, started = Draft(partial, resumed), time.monotonic()
+    try:
+        with writing_errors(path):
+            yield draft
+            _finish(draft, path, request, started)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _finish(draft: Draft, path: Path, request: Request, started: float) -> None:
+    (draft.path / ".request").unlink()
+    files = {}
+    for file in sorted(p for p in draft.path.rglob("*") if p.is_file()):
+        files[file.relative_to(draft.path).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+        _fsync(file)
+    manifest: Json = {"schema_version": SCHEMA_VERSION, **request.to_json(), "request": request.digest}
+    manifest |= {"files": files, "info": draft.info}
+    manifest["digest"] = digest_json(manifest)
+    write_json(draft.path / MANIFEST, manifest)
+    write_json(draft.path / TIMINGS, {"seconds": time.monotonic() - started, **draft.timings})
+    _fsync(draft.path)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(draft.path, path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_beneath_file(path: Path) -> None:
+    """Refuses a folder that is a file, or lies beneath one."""
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            where = "it is a file" if place == path else f"{place} is a file, so nothing can lie beneath it"
+            raise UserError(f"{path}: cannot be a folder: {where}", fix="choose another --out, or move the file away")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuses to write over anything that is not an artifact of ours, or beneath a file."""
+    refuse_beneath_file(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise UserError(
+            f"{path}: is a folder that holds other things (no {MANIFEST})", fix="choose a new or an empty folder"
+        )
+
+
+@contextlib.contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """Turns what the operating system refuses while writing `path` into an error with a fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: could not be written: {reason}", fix=_FIXES.get(error.errno or 0, _FIX)) from error
+
+
+_FIX = "choose another --out, or make this one writable"
+_FIXES = {
+    errno.ENOSPC: "free some space or choose an --out on a larger disk; nothing half-written was left",
+    errno.EDQUOT: "free some of your quota or choose another --out; nothing half-written was left",
+    errno.EFBIG: "raise the file-size limit (ulimit -f) or choose another --out; nothing half-written was left",
+}
+
+
+def _reason(error: OSError) -> str | None:
+    known = {*_FIXES, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+    return os.strerror(error.errno) if error.errno in known else None
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows has no handle for a folder to flush
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,51 @@
+"""Engine backends: one module each; the file name, with `-` for `_`, is the backend's name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, cast
+
+from engines.artifacts import Artifact, Json
+from engines.errors import unknown
+from engines.runner import Runner
+
+Layers = Mapping[str, Mapping[str, str | None]]  # path → its types: weight, activation
+
+
+class Backend(Protocol):
+    """What a backend module holds. `DTYPE` is the float type it wants its graph in: fp32 or fp16."""
+
+    DTYPE: str
+
+    def fingerprint(self) -> dict[str, str]:
+        """Versions that decide what is built; an engine made under others is out of date."""
+
+    def resolve_gpu(self, gpu: str | None) -> str | None:
+        """Returns the target to build for; None for a backend that has none."""
+
+    def check(self, layers: Layers, gpu: str | None) -> None:
+        """Raises a UserError if this target cannot run a layer's format."""
+
+    def build(self, model: Path, graph: Json, folder: Path, gpu: str | None) -> None:
+        """Builds into `folder`, with the plan as plan.json; runs in a process of its own."""
+
+    def cannot_run(self) -> str | None:
+        """Returns why engines of this backend cannot run on this machine, or None if they can."""
+
+    def open_runner(self, engine: Artifact, threads: int = 0) -> Runner:
+        """Opens an engine; `threads` is for CPU backends, 0 leaves it to the library."""
+
+
+def names() -> list[str]:
+    """Returns the backends found in this folder; a leading underscore marks shared code."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> Backend:
+    """Imports a backend by name."""
+    if name not in names():
+        raise unknown("backend", name, names())
+    return cast(Backend, importlib.import_module(f"engines.backends.{name.replace('-', '_')}"))

@@ -1,0 +1,195 @@
+"""ONNX Runtime: the engine is the graph itself and the options that keep its numbers exact."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines import gpu as gpus
+from engines.artifacts import Artifact, Json, write_json
+from engines.errors import UserError
+from engines.plans import PlanRow, tensor_bytes
+from engines.runner import Feeds
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+DTYPE = "fp32"  # on a CPU, fp16 Q/DQ is not fused: eight matmuls took 260.8 ms against 11.0 ms
+# onnx.TensorProto.DataType by number, in the spelling of plans
+TYPES = {
+    1: "fp32", 2: "uint8", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "fp16", 11: "fp64",
+    16: "bf16", 17: "fp8", 19: "fp8_e5m2", 21: "uint4", 22: "int4", 23: "fp4",
+}  # fmt: skip
+
+
+def fingerprint() -> dict[str, str]:
+    import onnxruntime
+
+    return {"onnxruntime": onnxruntime.__version__}
+
+
+def resolve_gpu(gpu: str | None) -> str | None:
+    return None
+
+
+def check(layers: Mapping[str, Mapping[str, str | None]], gpu: str | None) -> None:
+    """ONNX Runtime computes every format we emit, in float where it has no kernel; there is nothing to refuse."""
+
+
+def cannot_run() -> str | None:
+    return None
+
+
+def device() -> str:
+    """Returns `cuda` where a GPU and its provider are present, else `cpu`."""
+    import onnxruntime
+
+    return "cuda" if gpus.detect() and "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+
+
+def build(model: Path, graph: Json, folder: Path, gpu: str | None) -> None:
+    for file in sorted(model.parent.glob(f"{model.name}*")):  # the graph and its external data
+        link_or_copy(file, folder / file.name)
+    write_json(folder / "plan.json", [row.to_json() for row in plan(folder / model.name, graph)])
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Shares the bytes where the file system can, so that an engine costs no disk beside its graph."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def session_options(graph: Json, threads: int = 0) -> onnxruntime.SessionOptions:
+    """Returns options under which the session computes what the graph says."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Without it, x86 CPUs that have AVX2 but no VNNI add pairs of int8 products in saturating 16 bits: wrong sums.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    # MatMulNBits would otherwise quantize activations to int8, which no recipe asked for.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return options
+
+
+def disabled_optimizers(graph: Json) -> list[str]:
+    """Returns the optimizers that would break or unfuse this graph."""
+    types = {kind for layer in graph["layers"].values() for kind in (layer["weight"], layer["activation"]) if kind}
+    disabled = []
+    if "fp8" in types and graph["dtype"] == "fp32":
+        disabled.append("QDQSelectorActionTransformer")  # makes a MatMulIntegerToFloat that has no fp8 kernel
+    if types:
+        disabled.append("MatMulAddFusion")  # makes a Gemm, which has no quantized kernel for a float bias
+    return disabled
+
+
+def open_session(
+    model: Path | bytes, graph: Json, *, threads: int = 0, dump: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """Opens a session on this machine's device; never falls back to another one."""
+    import onnxruntime
+
+    options = session_options(graph, threads)
+    if dump is not None:
+        options.optimized_model_filepath = str(dump)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", dump.name + ".data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    want = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device()]
+    try:
+        session = onnxruntime.InferenceSession(
+            str(model) if isinstance(model, Path) else model,
+            options,
+            providers=[want] if want.startswith("CPU") else [want, "CPUExecutionProvider"],
+            disabled_optimizers=disabled_optimizers(graph),
+        )
+    except Exception as error:  # noqa: BLE001  onnxruntime raises types of its own, without a common base
+        raise UserError(
+            f"ONNX Runtime cannot open {model if isinstance(model, Path) else 'the graph'}: {error}",
+            fix="see the operator it names; `export-engine inspect` on the graph lists its layers",
+        ) from error
+    if want not in session.get_providers():
+        raise UserError(
+            f"ONNX Runtime did not get {want}, only {', '.join(session.get_providers())}",
+            fix="install the CUDA libraries this onnxruntime-gpu needs, or hide the GPU (CUDA_VISIBLE_DEVICES=)",
+        )
+    return session
+
+
+class OrtRunner:
+    """Runs an ONNX Runtime session."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, name: str = "ort") -> None:
+        self.name = name
+        self._session = session
+        self._types = {i.name: np.float16 if i.type == "tensor(float16)" else None for i in session.get_inputs()}
+        self._outputs = [o.name for o in session.get_outputs()]
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+        cast = {n: feeds[n].astype(t) if t else np.ascontiguousarray(feeds[n]) for n, t in self._types.items()}
+        outputs = self._session.run(self._outputs, cast)
+        return {n: np.asarray(o, dtype=np.float32) for n, o in zip(self._outputs, outputs, strict=True)}
+
+
+def open_runner(engine: Artifact, threads: int = 0) -> OrtRunner:
+    return OrtRunner(open_session(engine.file("model.onnx"), engine.info["graph"], threads=threads))
+
+
+def plan(model: Path, graph: Json) -> list[PlanRow]:
+    """Reads the layers of the graph that ONNX Runtime really runs, after its own optimizations."""
+    import onnx
+
+    dump = model.with_name("optimized.onnx")
+    try:
+        open_session(model, graph, dump=dump)
+        rows = read_plan(onnx.load(dump, load_external_data=False), onnx.load(model, load_external_data=False))
+    finally:
+        for file in model.parent.glob(f"{dump.name}*"):
+            file.unlink()
+    return rows
+
+
+def read_plan(optimized: onnx.ModelProto, source: onnx.ModelProto) -> list[PlanRow]:
+    """Returns a row per node; a node stands for those of `source` that made its outputs or used its constants."""
+    graph = optimized.graph
+    constants = {i.name: (tuple(i.dims), TYPES.get(i.data_type, "other")) for i in graph.initializer}
+    types = {v.name: TYPES.get(v.type.tensor_type.elem_type, "other") for v in (*graph.value_info, *graph.input)}
+    types |= {v.name: TYPES.get(v.type.tensor_type.elem_type, "other") for v in graph.output}
+    origin: dict[str, list[str]] = {}
+    for node in source.graph.node:
+        for value in (*node.input, *node.output):
+            origin.setdefault(value, []).append(node.name)
+    made_by = {value: node.name for node in source.graph.node for value in node.output}
+    rows, counted = [], set[str]()
+    for node in graph.node:
+        own = [value for value in node.input if value in constants]
+        nodes = [made_by[value] for value in node.output if value in made_by]
+        nodes += [name for value in own if len(origin.get(value, [])) == 1 for name in origin[value]]
+        fresh = [value for value in dict.fromkeys(own) if value not in counted]
+        counted.update(fresh)
+        rows.append(
+            PlanRow(
+                name=node.name,
+                kind=node.op_type.lower(),
+                input_types=tuple(types.get(v, "other") for v in node.input if v and v not in constants),
+                constant_types=tuple(constants[v][1] for v in own),
+                constant_bytes=sum(tensor_bytes(*_sized(constants[v])) for v in fresh),
+                output_types=tuple(types.get(v, "other") for v in node.output if v),
+                onnx_nodes=tuple(dict.fromkeys(nodes)),
+            )
+        )
+    return rows
+
+
+def _sized(constant: tuple[tuple[int, ...], str]) -> tuple[tuple[int, ...], str]:
+    dims, kind = constant
+    return dims, "int8" if kind == "other" else kind

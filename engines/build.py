@@ -1,0 +1,96 @@
+"""Stage `build`: graph → engine, in a process of its own, so that a builder that crashes is a message, not a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from engines import artifacts, backends
+from engines.artifacts import Artifact, Request
+from engines.errors import UserError
+from engines.version import __version__
+
+FAULT = 2  # the worker's exit code for a fault of the user's, told as JSON on its last line
+
+
+def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None) -> Artifact:
+    """Builds `graph` for a backend and a target; returns what lies in `out` already if nothing changed."""
+    module = backends.load(backend)
+    target = module.resolve_gpu(gpu)
+    module.check(graph.info["layers"], target)
+    versions = {"export_engine": __version__, **module.fingerprint()}
+    request = Request("engine", {"graph": graph.digest}, {"backend": backend, "gpu": target}, versions)
+    if (made := artifacts.current(out, request)) is not None:
+        return made
+    with artifacts.drafting(out, request) as draft:
+        _run_worker(backend, graph, draft.path, target)
+        rows = json.loads((draft.path / "plan.json").read_text())
+        draft.info = {
+            "backend": backend,
+            "gpu": target,
+            "dtype": graph.info["dtype"],
+            "graph": graph.info,
+            "weight_bytes": sum(row["constant_bytes"] for row in rows),
+        }
+    return artifacts.open_artifact(out, "engine")
+
+
+def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None) -> None:
+    command = [sys.executable, "-m", "engines.build", backend, str(graph.path.resolve()), str(folder.resolve())]
+    lifeline, held = os.pipe()
+    worker = subprocess.Popen(
+        [*command, gpu or ""], stdin=lifeline, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        out, err = worker.communicate()
+    except BaseException:
+        worker.kill()
+        worker.wait()
+        raise
+    finally:
+        os.close(lifeline)
+        os.close(held)
+    if worker.returncode == FAULT and out.strip():
+        fault = json.loads(out.strip().splitlines()[-1])
+        raise UserError(fault["what"], fix=fault["fix"])
+    if worker.returncode < 0:
+        name = signal.Signals(-worker.returncode).name
+        raise UserError(
+            f"the {backend} builder crashed ({name}) on {graph.path}{f' for {gpu}' if gpu else ''}",
+            fix="it is a fault of the library: try another --gpu or recipe, or its tested version (constraints.txt)",
+        )
+    if worker.returncode:
+        raise RuntimeError(f"the {backend} build worker failed ({worker.returncode}):\n{err}")
+
+
+def _die_with_parent() -> None:
+    # stdin is a pipe that only the parent holds open: it ends when the parent does, even by kill -9, and so must its worker,
+    # or it would go on writing into a folder that the next run is using.
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _worker(backend: str, graph_folder: str, folder: str, gpu: str) -> int:
+    _die_with_parent()
+    try:
+        graph = artifacts.open_artifact(Path(graph_folder), "graph")
+        with artifacts.writing_errors(Path(folder)):
+            backends.load(backend).build(graph.file("model.onnx"), graph.info, Path(folder), gpu or None)
+    except UserError as error:
+        print(json.dumps({"what": error.what, "fix": error.fix}))
+        return FAULT
+    return 0
+
+
+if __name__ == "__main__":
+    code = _worker(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # skips the interpreter's shutdown, which waits for the thread that reads stdin

@@ -1,0 +1,27 @@
+"""The one exception for faults of the user's input or environment."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A fault the user can mend: says what and where, and always how to fix it. The command exits with 2."""
+
+    def __init__(self, what: str, *, fix: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  fix: {self.fix}"
+
+
+def unknown(kind: str, value: str, known: Iterable[str], where: str = "") -> UserError:
+    """Returns the error for a name that is not among `known`, with the closest names first."""
+    names = sorted(known)
+    close = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
+    prefix = f"{where}: " if where else ""
+    hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    return UserError(f"{prefix}unknown {kind} {value!r}", fix=f"{hint}known: {', '.join(names) or 'none'}")

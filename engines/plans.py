@@ -1,0 +1,43 @@
+"""Plans: what an engine really runs, one row per engine layer, in one vocabulary for all backends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Bits per element of every type a plan may name.
+BITS = {
+    "fp64": 64, "fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "fp8_e5m2": 8, "fp4": 4,
+    "int64": 64, "int32": 32, "int16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "bool": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One engine layer; `onnx_nodes` are named after module paths, types are spelled as in `BITS`."""
+
+    name: str
+    kind: str
+    input_types: tuple[str, ...]
+    constant_types: tuple[str, ...]
+    constant_bytes: int
+    output_types: tuple[str, ...]
+    onnx_nodes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def from_json(rows: Iterable[dict[str, Any]]) -> list[PlanRow]:
+    return [PlanRow(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows]
+
+
+def tensor_bytes(dimensions: Iterable[int], dtype: str) -> int:
+    """Returns the bytes of a dense tensor; types under a byte are packed."""
+    return math.ceil(math.prod(dimensions) * BITS[dtype] / 8)
+
+
+def constant_bytes(rows: Iterable[PlanRow]) -> int:
+    return sum(row.constant_bytes for row in rows)

@@ -1,0 +1,1 @@
+"""The tool chain: calibrate, quantize, lower, validate, and the command line."""

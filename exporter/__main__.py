@@ -1,0 +1,5 @@
+"""`python -m exporter` is `export-engine`."""
+
+from exporter.cli import main
+
+main()

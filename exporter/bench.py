@@ -1,0 +1,168 @@
+"""Throughput: each runner in a process of its own, timed in turn in one run, so that ratios hold when the machine drifts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines import artifacts, backends
+from engines.artifacts import Json
+from engines.errors import UserError
+from engines.runner import Feeds, Runner
+from exporter import progress
+from exporter.memory import peak_rss_bytes
+
+ROUNDS = 10  # of one turn per runner
+TURN_MS = 150.0  # a turn runs at least this long, and at least 3 times
+WARM_UP = 3
+BATCHES = (8, 1)  # with guidance a batch of 8 is 4 images; 1 is the latency of one call
+
+
+def throughput(targets: Mapping[str, str], batches: Sequence[int] = BATCHES, threads: int | None = None) -> list[Json]:
+    """Times runners (name → target, as `open_target` takes it) with warm-up; returns a row per runner and batch."""
+    threads = threads or os.cpu_count() or 1
+    rows = []
+    for batch in batches:
+        workers: dict[str, _Worker] = {}
+        try:
+            for name, target in targets.items():
+                workers[name] = _Worker(target, batch, threads)
+            times: dict[str, list[float]] = {name: [] for name in workers}
+            for _ in progress.track(range(ROUNDS), ROUNDS, f"timing, batch {batch}"):
+                for name, worker in workers.items():
+                    times[name] += worker.turn()
+            for name, worker in workers.items():
+                rows.append(_row(name, batch, times[name], worker.peak_rss_bytes()))
+        finally:
+            for worker in workers.values():
+                worker.stop()
+    return rows
+
+
+def _row(name: str, batch: int, times: Sequence[float], peak: int | None) -> Json:
+    p50, p95 = (float(np.percentile(times, q)) for q in (50, 95))
+    return {"runner": name, "batch": batch, "ms_p50": p50, "ms_p95": p95, "runs": len(times), "peak_rss_bytes": peak}
+
+
+def targets_of(folder: Path) -> dict[str, str]:
+    """Returns what can be timed in a RUN, a GRAPH or an ENGINE folder."""
+    if (folder / "quantized" / artifacts.MANIFEST).is_file():
+        targets = {"float": f"float:{folder}", "quantized": f"quantized:{folder}"}
+        engines = sorted(folder.glob(f"engines/*/{artifacts.MANIFEST}"))
+        runnable = [path.parent for path in engines if backends.load(path.parent.name).cannot_run() is None]
+        return targets | {path.name: f"engine:{path}" for path in runnable}
+    kind = artifacts.kind_of(folder)
+    if kind == "graph":
+        return {"ort": f"graph:{folder}"}
+    if kind == "engine":
+        backend = str(artifacts.open_artifact(folder, "engine").info["backend"])
+        if reason := backends.load(backend).cannot_run():
+            raise UserError(f"{folder}: {backend} cannot run here: {reason}", fix="run it on a machine that has one")
+        return {backend: f"engine:{folder}"}
+    raise UserError(f"{folder}: a {kind} cannot be timed", fix="give a RUN, GRAPH or ENGINE folder")
+
+
+def open_target(target: str, threads: int) -> tuple[Runner, list[Json]]:
+    """Opens `float:RUN`, `quantized:RUN`, `graph:DIR` or `engine:DIR`; returns the runner and the graph's inputs."""
+    kind, _, path = target.partition(":")
+    folder = Path(path)
+    if kind == "engine":
+        engine = artifacts.open_artifact(folder, "engine")
+        return backends.load(engine.info["backend"]).open_runner(engine, threads), engine.info["graph"]["inputs"]
+    if kind == "graph":
+        from engines.backends import ort
+
+        graph = artifacts.open_artifact(folder, "graph")
+        return ort.OrtRunner(ort.open_session(graph.file("model.onnx"), graph.info, threads=threads)), graph.info["inputs"]
+    return _torch_target(kind, folder, threads)
+
+
+def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, list[Json]]:
+    import torch
+
+    from exporter import quantized
+    from exporter.run import checkpoint_of
+    from exporter.runners import TorchRunner
+
+    torch.set_num_threads(threads)
+    source = artifacts.open_artifact(folder / "quantized", "quantized")
+    checkpoint = checkpoint_of(source)
+    model = checkpoint.load() if kind == "float" else quantized.load(source)
+    specs = checkpoint.family.inputs(checkpoint.config)
+    inputs = [{"name": s.name, "dtype": "fp32" if s.dtype == "float" else s.dtype, "shape": list(s.shape)} for s in specs]
+    return TorchRunner(kind, model, checkpoint.family), inputs
+
+
+def random_feeds(inputs: Sequence[Json], batch: int) -> dict[str, Any]:
+    """Returns seeded feeds of the right shapes: noise for floats, small indices for integers."""
+    generator = np.random.default_rng(0)
+    feeds: dict[str, Any] = {}
+    for entry in inputs:
+        shape = [batch if isinstance(d, str) else d for d in entry["shape"]]
+        if entry["dtype"].startswith("int"):
+            feeds[entry["name"]] = generator.integers(0, 2, shape).astype(entry["dtype"])
+        else:
+            feeds[entry["name"]] = generator.standard_normal(shape).astype(np.float32)
+    return feeds
+
+
+class _Worker:
+    """A process that holds one runner and times it when told to."""
+
+    def __init__(self, target: str, batch: int, threads: int) -> None:
+        command = [sys.executable, "-m", "exporter.bench", target, str(batch), str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._ask("")  # warmed up
+
+    def _ask(self, line: str) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        if line:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"a timing process ended with {self._process.wait()}: {self._process.args}")
+        return json.loads(answer)
+
+    def turn(self) -> list[float]:
+        return list(self._ask("turn"))
+
+    def peak_rss_bytes(self) -> int | None:
+        peak = self._ask("peak")
+        return None if peak is None else int(peak)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _turn(runner: Runner, feeds: Feeds) -> list[float]:
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < TURN_MS:
+        started = time.perf_counter()
+        runner.run(feeds)
+        times.append((time.perf_counter() - started) * 1e3)
+    return times
+
+
+def _worker(target: str, batch: str, threads: str) -> None:
+    runner, inputs = open_target(target, int(threads))
+    feeds = random_feeds(inputs, int(batch))
+    for _ in range(WARM_UP):
+        runner.run(feeds)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        answer: object = _turn(runner, feeds) if line.strip() == "turn" else peak_rss_bytes()
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:])

@@ -1,0 +1,165 @@
+"""Checkpoints: what MODEL on the command line stands for, and how its torch module is filled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from calib_data import shipped
+from engines.artifacts import Json, digest_file, digest_json, inside, read_json
+from engines.errors import UserError, unknown
+from exporter.models import Family, family_of
+from exporter.weights import RandomWeights, SafetensorsWeights, Weights
+
+# Used where a folder holds only a denoiser. diffusers' own DDIM defaults; printed when they are taken.
+DEFAULT_SCHEDULER: Json = {"_class_name": "DDIMScheduler"}
+DEFAULT_STEPS = 25
+DENOISERS = ("transformer", "unet")  # the folders a diffusers pipeline keeps its denoiser in
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, or one to be drawn: its config, family, sampler settings and weights."""
+
+    name: str
+    root: Path
+    folder: Path  # of the denoiser: root, or a folder in it
+    config: Json
+    family: Family
+    scheduler: Json
+    sampler: Json
+    weights_seed: int | None
+    notes: tuple[str, ...]
+
+    @cached_property
+    def weights(self) -> Weights:
+        if self.weights_seed is None:
+            return SafetensorsWeights(self.folder)
+        shapes = {n: tuple(p.shape) for n, p in self.skeleton().named_parameters()}
+        return RandomWeights(self.config, shapes, self.weights_seed)
+
+    @property
+    def digest(self) -> str:
+        return digest_json(
+            {
+                "class": self.family.CLASS,
+                "config": self.config,
+                "scheduler": self.scheduler,
+                "sampler": self.sampler,
+                "weights": self.weights.digest,
+                "task_net": digest_file(self.task_net) if self.task_net else None,
+            }
+        )
+
+    @property
+    def task_net(self) -> Path | None:
+        """The network that scores this model's images, if it ships one."""
+        name = self.sampler.get("task_net")
+        return inside(self.root, name) if name else None
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether samples are images in [−1, 1] (no VAE decodes them)."""
+        return bool(self.sampler.get("pixels", False))
+
+    def skeleton(self) -> nn.Module:
+        """Builds the module with its buffers real and its parameters without memory."""
+        with parameters_on_meta(), _config_errors(self.folder):
+            return self.family.build(self.config).eval()
+
+    def load(self) -> nn.Module:
+        """Builds the fp32 module, one tensor at a time."""
+        model = self.skeleton()
+        parameters = dict(model.named_parameters())
+        if missing := sorted(parameters.keys() - self.weights.names()):
+            raise UserError(
+                f"{self.folder}: its weights lack {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)),
+                fix="config.json and the weights are of different models: copy both again",
+            )
+        for name, parameter in parameters.items():
+            tensor = self.weights.read(name, tuple(parameter.shape)).to(torch.float32)
+            set_parameter(model, name, tensor)
+        return model.requires_grad_(False)
+
+
+def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Lets modules be built without memory for parameters; buffers, which no checkpoint may hold, stay real."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _config_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, ZeroDivisionError, NotImplementedError) as error:
+        raise UserError(f"{folder / 'config.json'}: no model can be built from it ({error})", fix="mend it") from error
+
+
+def open_checkpoint(spec: str, *, seed: int = 0, steps: int | None = None) -> Checkpoint:
+    """Opens a shipped name, a local diffusers folder, or `random:FOLDER`; `steps` overrides the sampler's."""
+    if spec.startswith("random:"):
+        return _open(Path(spec.removeprefix("random:")), spec, steps, seed)
+    if spec in shipped.names():
+        return _open(shipped.folder(spec), spec, steps, None)
+    if not Path(spec).exists():
+        error = unknown("model", spec, shipped.names())
+        raise UserError(f"{error.what}, and no such folder", fix=f"{error.fix}; or give a diffusers folder")
+    return _open(Path(spec), spec, steps, None)
+
+
+def _open(root: Path, name: str, steps: int | None, weights_seed: int | None) -> Checkpoint:
+    folder = next((root / part for part in DENOISERS if (root / part / "config.json").is_file()), root)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model {name!r}: {root} has no config.json, nor {' or '.join(f'{d}/config.json' for d in DENOISERS)}",
+            fix="give a folder written by diffusers' save_pretrained",
+        )
+    config = read_json(folder / "config.json")
+    if "_class_name" not in config:
+        raise UserError(f"{folder / 'config.json'}: has no _class_name", fix="give a diffusers model's config")
+    family = family_of(config["_class_name"], str(folder / "config.json"))
+    config = {k: v for k, v in config.items() if not k.startswith("_")}
+    scheduler, sampler, notes = _sampling(root, folder)
+    if steps is not None:
+        sampler["steps"] = steps
+    return Checkpoint(name, root, folder, config, family, scheduler, sampler, weights_seed, notes)
+
+
+def _sampling(root: Path, folder: Path) -> tuple[Json, Json, tuple[str, ...]]:
+    notes: list[str] = []
+    path = root / "scheduler" / "scheduler_config.json"
+    if path.is_file():
+        scheduler: Any = read_json(path)
+    else:
+        scheduler = dict(DEFAULT_SCHEDULER)
+        notes.append(f"{root} has no scheduler/: DDIM with diffusers' defaults is used")
+    sampler: Json = {"steps": DEFAULT_STEPS, "guidance_scale": 1.0}
+    if (root / "sampler.json").is_file():
+        sampler |= read_json(root / "sampler.json")
+    else:
+        notes.append(f"{root} has no sampler.json: {DEFAULT_STEPS} steps without guidance are used (--steps)")
+    return scheduler, sampler, tuple(notes)

@@ -1,0 +1,249 @@
+"""The command line: `export-engine`, one command per stage, and `run` for all of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engines.errors import UserError
+from engines.version import __version__
+
+FOLDER = click.Path(path_type=Path)
+OUT = click.option("--out", type=FOLDER, required=True, help="Folder to write.")
+STEPS = click.option("--steps", type=click.IntRange(min=1), help="Sampling steps (default: the model's own).")
+SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+GPU = click.option("--gpu", help="Target of TensorRT backends, e.g. sm89 (default: this machine's, else sm89).")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+
+
+class Cli(click.Group):
+    """Turns a UserError into a message and exit code 2, and Ctrl-C into 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("stopped; what is finished is kept: the same command goes on from there", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="export-engine")
+def main() -> None:
+    """From a diffusers checkpoint to a quantized engine that is proven to be as good as it claims."""
+
+
+@main.command()
+@click.argument("model")
+@click.option("--recipe", required=True, help="A shipped recipe, or a .toml file.")
+@OUT
+@click.option("--backend", "backends", multiple=True, default=("ort",), show_default=True, help="May be repeated.")
+@GPU
+@click.option("--dtype", help="Float type of the graphs, fp16 or fp32 (default: each backend's own).")
+@STEPS
+@SEED
+@JSON
+def run(
+    model: str,
+    recipe: str,
+    out: Path,
+    backends: tuple[str, ...],
+    gpu: str | None,
+    dtype: str | None,
+    steps: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Calibrate, quantize, lower, build and validate MODEL. Resumes where it was stopped."""
+    from exporter import run as runs
+    from exporter.lower import check_dtype
+
+    if dtype is not None:
+        check_dtype(dtype)
+    opened = _checkpoint(model, steps, seed)
+    report = runs.run(
+        opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, seed=seed
+    )
+    _report(report, as_json, out)
+
+
+@main.command()
+@click.argument("model")
+@OUT
+@STEPS
+@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Trajectories to record.")
+@SEED
+def calibrate(model: str, out: Path, steps: int | None, samples: int, seed: int) -> None:
+    """Record MODEL's inputs at every step of its own sampling."""
+    from exporter.calibrate import calibrate as stage
+
+    _done(stage(_checkpoint(model, steps, seed), out, samples=samples, seed=seed))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--recipe", required=True, help="A shipped recipe, or a .toml file.")
+@click.option("--calibration", type=FOLDER, required=True)
+@OUT
+@STEPS
+@SEED
+def quantize(model: str, recipe: str, calibration: Path, out: Path, steps: int | None, seed: int) -> None:
+    """Turn MODEL's weights into codes and scales, as RECIPE says."""
+    from engines.artifacts import open_artifact
+    from exporter.quantize import quantize as stage
+
+    data = open_artifact(calibration, "calibration")
+    checkpoint = _checkpoint(model, steps or data.info["sampler"]["steps"], seed)
+    _done(stage(checkpoint, _recipe(recipe), data, out))
+
+
+@main.command()
+@click.argument("quantized", type=FOLDER)
+@OUT
+@click.option("--dtype", default="fp32", show_default=True, help="Float type of the graph, fp16 or fp32.")
+def lower(quantized: Path, out: Path, dtype: str) -> None:
+    """Write the ONNX graph of a quantized model."""
+    from engines.artifacts import open_artifact
+    from exporter.lower import lower as stage
+
+    _done(stage(open_artifact(quantized, "quantized"), out, dtype=dtype))
+
+
+@main.command()
+@click.argument("graph", type=FOLDER)
+@click.option("--backend", required=True)
+@OUT
+@GPU
+def build(graph: Path, backend: str, out: Path, gpu: str | None) -> None:
+    """Build an engine from a graph."""
+    from engines.artifacts import open_artifact
+    from engines.build import build as stage
+
+    _done(stage(open_artifact(graph, "graph"), backend, out, gpu=gpu))
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--layers", is_flag=True, help="Also compare every quantized layer on its own, on the same inputs.")
+@SEED
+@JSON
+def validate(run: Path, layers: bool, seed: int, as_json: bool) -> None:
+    """Hold the engines of RUN against PyTorch again."""
+    from exporter import run as runs
+    from exporter.layers import compare_layers, print_layers
+
+    checkpoint, opened = runs.open_run(run)
+    with runs.locked(run):
+        report = runs.report(checkpoint, opened, run, seed=seed)
+        if layers:
+            rows = compare_layers(opened)
+            if as_json:
+                report = report | {"layers": rows}
+            else:
+                print_layers(rows)
+    _report(report, as_json, run)
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="May be repeated.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
+@JSON
+def bench(folder: Path, batches: tuple[int, ...], threads: int | None, as_json: bool) -> None:
+    """Time a RUN, GRAPH or ENGINE folder."""
+    from exporter import bench as timing
+
+    rows = timing.throughput(timing.targets_of(folder), batches or timing.BATCHES, threads)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        click.echo(
+            f"{row['runner']:>12}  batch {row['batch']:>3}  p50 {row['ms_p50']:8.2f} ms  p95 {row['ms_p95']:8.2f} ms  "
+            f"{row['runs']} runs"
+        )
+
+
+@main.command()
+@click.argument("artifact", type=FOLDER)
+@JSON
+def inspect(artifact: Path, as_json: bool) -> None:
+    """Check an artifact's files and show what it is and what it was made of."""
+    from engines.artifacts import kind_of, open_artifact
+
+    opened = open_artifact(artifact, kind_of(artifact))
+    manifest = opened.manifest
+    if as_json:
+        click.echo(json.dumps(manifest, indent=1))
+        return
+    click.echo(f"{artifact}: {manifest['kind']}, digest {opened.digest}")
+    for key in ("made_from", "settings", "versions"):
+        for name, value in manifest[key].items():
+            click.echo(f"  {key.replace('_', ' ')}  {name}: {value}")
+    for name, entry in manifest["files"].items():
+        click.echo(f"  {entry['bytes']:>12,} bytes  {name}  sha256 {entry['sha256'][:16]}…")
+
+
+@main.command(name="list")
+@click.argument("what", type=click.Choice(["models", "recipes", "formats", "methods", "backends"]))
+def list_(what: str) -> None:
+    """List what ships, by name."""
+    for name in _names(what):
+        click.echo(name)
+
+
+def _names(what: str) -> list[str]:
+    if what == "models":
+        from calib_data import shipped
+
+        return shipped.names()
+    if what == "recipes":
+        from exporter import recipe
+
+        return recipe.names()
+    if what == "backends":
+        from engines import backends
+
+        return backends.names()
+    from exporter import formats, methods
+
+    return formats.names() if what == "formats" else methods.names()
+
+
+def _checkpoint(model: str, steps: int | None, seed: int) -> Any:
+    from exporter import progress
+    from exporter.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(model, steps=steps, seed=seed)
+    for note in opened.notes:
+        progress.note(f"note: {note}")
+    return opened
+
+
+def _recipe(name: str) -> Any:
+    from exporter import recipe
+
+    return recipe.load(name)
+
+
+def _done(artifact: Any) -> None:
+    click.echo(f"{artifact.path}: {artifact.manifest['kind']}, digest {artifact.digest[:16]}, {artifact.bytes:,} bytes")
+
+
+def _report(report: dict[str, Any], as_json: bool, folder: Path) -> None:
+    from exporter.report import print_report
+
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        print_report(report)
+        click.echo(f"{folder / 'report.json'}, {folder / 'samples.png'}")
+    if not report["passed"]:
+        sys.exit(3)

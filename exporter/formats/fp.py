@@ -1,0 +1,116 @@
+"""Low-bit floating point: a sign, E exponent bits and M mantissa bits, at most 8 bits in all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from engines.errors import UserError
+
+# Splits that torch and ONNX hold natively: their carrier, their ONNX type, and their first code that is not a number.
+# Source: ONNX "Float stored in 8 bits"; OCP 8-bit Floating Point Specification 1.0, section 5.
+NATIVE = {
+    (4, 3): (torch.float8_e4m3fn, "FLOAT8E4M3FN", 0x7F),  # the FN kind: no infinity, one NaN per sign
+    (5, 2): (torch.float8_e5m2, "FLOAT8E5M2", 0x7C),  # as IEEE: 0x7C is infinity, above it NaN
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """Values (−1)^s · 2^(e−bias) · 1.m, subnormals at e = 0, bias 2^(E−1)−1.
+
+    Every code of a split other than E4M3 and E5M2 is a number: there are no infinities and no NaN, as in OCP's
+    E2M1 and E3M2. A code is sign, exponent, mantissa from the highest bit down.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+
+    def __post_init__(self) -> None:
+        if self.exponent_bits < 1 or self.mantissa_bits < 0 or not 2 <= self.bits <= 8:
+            raise UserError(
+                f"fp format with {self.exponent_bits} exponent and {self.mantissa_bits} mantissa bits",
+                fix="use exponent_bits ≥ 1 and mantissa_bits ≥ 0 with at most 7 together",
+            )
+        if self.exponent_bits > 6:
+            raise UserError(
+                f"fp format with {self.exponent_bits} exponent bits reaches below what fp32 holds",
+                fix="use exponent_bits ≤ 6",
+            )
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def bias(self) -> int:
+        return int(2 ** (self.exponent_bits - 1)) - 1
+
+    @property
+    def carrier(self) -> torch.dtype:
+        return NATIVE[key][0] if (key := (self.exponent_bits, self.mantissa_bits)) in NATIVE else torch.uint8
+
+    @property
+    def onnx_type(self) -> str | None:
+        return NATIVE[key][1] if (key := (self.exponent_bits, self.mantissa_bits)) in NATIVE else None
+
+    @property
+    def kind(self) -> str:
+        if (self.exponent_bits, self.mantissa_bits) == (5, 2):
+            return "fp8_e5m2"
+        return f"fp{self.bits}"
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """The value of every code, fp32 [2^bits]; NaN and infinities where the format has them."""
+        codes = torch.arange(2**self.bits)
+        mantissa = codes & (2**self.mantissa_bits - 1)
+        exponent = (codes >> self.mantissa_bits) & (2**self.exponent_bits - 1)
+        fraction = mantissa / 2**self.mantissa_bits + (exponent > 0)
+        magnitude = torch.ldexp(fraction, exponent.clamp(min=1) - self.bias).float()
+        low = codes & (2 ** (self.bits - 1) - 1)
+        magnitude[low > self._last_code] = torch.nan
+        if (self.exponent_bits, self.mantissa_bits) == (5, 2):
+            magnitude[low == 0x7C] = torch.inf
+        return torch.where(codes >= 2 ** (self.bits - 1), -magnitude, magnitude)
+
+    @property
+    def _last_code(self) -> int:
+        """The code of the largest number."""
+        native = NATIVE.get((self.exponent_bits, self.mantissa_bits))
+        return (native[2] if native else 2 ** (self.bits - 1)) - 1
+
+    @cached_property
+    def max_value(self) -> float:
+        return float(self.values[self._last_code])
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        rounded = self.round(x.float())
+        magnitude = rounded.abs()
+        _, exponent = torch.frexp(magnitude)  # magnitude = f · 2^exponent, f in [0.5, 1)
+        exponent = torch.where(magnitude > 0, exponent - 1 + self.bias, 0).clamp_(min=1)  # subnormals share e = 1's step
+        step = torch.ldexp(torch.ones_like(magnitude), exponent - self.bias - self.mantissa_bits)
+        units = (magnitude / step).nan_to_num_(0.0).to(torch.int32)  # the mantissa, with its leading one if normal
+        code = units + ((exponent - 1) << self.mantissa_bits)
+        code += torch.signbit(rounded).to(torch.int32) << (self.bits - 1)
+        if x.isnan().any():
+            if self.onnx_type is None:
+                raise ValueError(f"{self.kind} (E{self.exponent_bits}M{self.mantissa_bits}) has no code for NaN")
+            sign = torch.signbit(x).to(torch.int32) << 7
+            code = torch.where(x.isnan(), sign | 0x7F, code)
+        return code.to(torch.uint8).view(self.carrier)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        if codes.dtype == torch.uint8:
+            return self.values.to(codes.device)[codes.int()]
+        return codes.float()
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        # frexp is exact where log2-then-floor is not: facts.md section 5.
+        x = x.clamp(-self.max_value, self.max_value)
+        _, exponent = torch.frexp(x)
+        lowest = 1 - self.bias
+        step = torch.ldexp(torch.ones_like(x), (exponent - 1).clamp_(min=lowest) - self.mantissa_bits)
+        return (x / step).round_().mul_(step).clamp_(-self.max_value, self.max_value)

@@ -1,0 +1,139 @@
+"""Layer by layer: each quantized layer's own ONNX nodes against its PyTorch module, on the same recorded inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from engines.artifacts import Artifact, Json
+from engines.backends import ort
+from exporter import quantized
+from exporter.formats import Format
+from exporter.metrics import sqnr_db
+from exporter.quantize import reference_feeds, reference_steps
+from exporter.runners import TorchRunner
+from exporter.validate import Run, finite
+
+
+def compare_layers(run: Run) -> list[Json]:
+    """Returns per graph and layer the SQNR of its output and the share of activation codes that differ."""
+    reference = load_file(run.quantized.file(quantized.REFERENCE))
+    model, family = quantized.load(run.quantized), quantized.family(run.quantized)
+    inputs = record_inputs(model, TorchRunner("quantized", model, family), reference)
+    return [
+        {"dtype": dtype, **compare_layer(graph, path, layer, inputs[path])}
+        for dtype, graph in run.graphs.items()
+        for path, layer in quantized.quantized_layers(model).items()
+    ]
+
+
+def record_inputs(
+    model: nn.Module, runner: TorchRunner, reference: Mapping[str, torch.Tensor]
+) -> dict[str, list[torch.Tensor]]:
+    """Returns every quantized layer's inputs over the reference steps."""
+    inputs: dict[str, list[torch.Tensor]] = {}
+
+    def hook(path: str) -> Any:
+        return lambda _module, args: inputs.setdefault(path, []).append(args[0])
+
+    layers = quantized.quantized_layers(model)
+    handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
+    try:
+        for step in reference_steps(reference):
+            runner.run_tensors(reference_feeds(reference, step))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def compare_layer(
+    graph: Artifact, path: str, layer: quantized.QuantizedLayer, inputs: Sequence[torch.Tensor]
+) -> Json:
+    """Runs one layer's nodes in ONNX Runtime and its module in PyTorch."""
+    dtype = np.float16 if graph.info["dtype"] == "fp16" else np.float32
+    run_output = ort.OrtRunner(ort.open_session(layer_model(graph, path, codes=False), graph.info))
+    fmt = layer.spec.activation
+    run_codes = ort.open_session(layer_model(graph, path, codes=True), graph.info) if fmt else None
+    ours, theirs, different, total = [], [], 0, 0
+    for x in inputs:
+        with torch.no_grad():
+            ours.append(layer(x).flatten())
+        theirs.append(torch.from_numpy(run_output.run({"x": x.numpy()})["y"]).flatten())
+        if run_codes is not None and fmt is not None:
+            (codes,) = run_codes.run_with_ort_values(None, {"x": _ort_value(x.numpy().astype(dtype))})
+            different += int((_bytes(codes) != expected_codes(layer, fmt, x)).sum())
+            total += x.numel()
+    share = different / total if total else None
+    value = finite(sqnr_db(torch.cat(ours), torch.cat(theirs)))
+    return {"layer": path, "sqnr_db": value, "codes_different": share, "codes": total}
+
+
+def expected_codes(layer: quantized.QuantizedLayer, fmt: Format, x: torch.Tensor) -> np.ndarray[Any, Any]:
+    return fmt.encode(x / layer.activation_scale).view(torch.uint8).numpy().ravel()
+
+
+def layer_model(graph: Artifact, path: str, *, codes: bool) -> bytes:
+    """Cuts one layer out of a graph: x → y, or with `codes` x → its activation's codes."""
+    model = ir.load(graph.file("model.onnx"))
+    nodes = [node for node in model.graph if node.name and node.name.rpartition("/")[0] == path]
+    made = {value for node in nodes for value in node.outputs}
+    entries = [v for n in nodes for v in n.inputs if v is not None and v not in made and not v.is_initializer()]
+    quantizers = [node for node in nodes if node.op_type == "QuantizeLinear"]
+    exit_ = quantizers[0].outputs[0] if codes else nodes[-1].outputs[0]
+    if len(set(entries)) != 1:
+        raise AssertionError(f"{path}: its nodes read {len(set(entries))} tensors where a layer reads one")
+    return _cut(model, nodes if not codes else quantizers, entries[0], exit_, graph.info["dtype"], path)
+
+
+def _cut(
+    model: ir.Model, nodes: Sequence[ir.Node], entry: ir.Value, exit_: ir.Value, dtype: str, path: str
+) -> bytes:
+    protos = [ir.to_proto(node) for node in nodes]
+    weights = {v.name: v.const_value for n in nodes for v in n.inputs if v is not None and v.is_initializer()}
+    for proto in protos:
+        proto.input[:] = ["x" if name == entry.name else name for name in proto.input]
+        proto.output[:] = ["y" if name == exit_.name else name for name in proto.output]
+    float_type = onnx.TensorProto.FLOAT16 if dtype == "fp16" else onnx.TensorProto.FLOAT
+    zero = next((n.inputs[2] for n in nodes if n.op_type == "QuantizeLinear"), None)
+    code_type = zero.dtype.value if zero is not None and zero.dtype is not None else float_type
+    initializers = [ir.to_proto(ir.Tensor(t.numpy(), dtype=t.dtype, name=n)) for n, t in weights.items() if t is not None]
+    graph = onnx.helper.make_graph(
+        protos,
+        path,
+        [onnx.helper.make_tensor_value_info("x", float_type, None)],
+        [onnx.helper.make_tensor_value_info("y", code_type if exit_ is not nodes[-1].outputs[0] or len(nodes) == 1 else float_type, None)],
+        initializers,
+    )
+    opsets = [onnx.helper.make_opsetid("", model.opset_imports[""])]
+    return onnx.helper.make_model(graph, ir_version=model.ir_version, opset_imports=opsets).SerializeToString()
+
+
+def print_layers(rows: Sequence[Json]) -> None:
+    """Prints the comparison as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("graph", "layer", "SQNR dB", "activation codes different")
+    for row in rows:
+        value = "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+        share = "–" if row["codes_different"] is None else f"{row['codes_different']:.1e} of {row['codes']:,}"
+        table.add_row(row["dtype"], row["layer"], value, share)
+    Console().print(table)
+
+
+def _ort_value(array: np.ndarray[Any, Any]) -> Any:
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _bytes(value: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(value.numpy()).view(np.uint8).ravel()

@@ -1,0 +1,121 @@
+"""Stage `lower`: quantized model → ONNX graph with Q/DQ nodes, weights in their quantized types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines import artifacts
+from engines.artifacts import Artifact, Json, Request
+from engines.errors import UserError, unknown
+from exporter.versions import versions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from exporter.modules import LayerSpec
+
+DTYPES = ("fp16", "fp32")
+EXTERNAL_BYTES = 256 << 20  # weights beyond this go beside the graph: protobuf ends at 2 GB, and loaders read it whole
+
+
+def lower(source: Artifact, out: Path, *, dtype: str = "fp32") -> Artifact:
+    """Lowers a quantized model to a graph whose float type is `dtype`."""
+    check_dtype(dtype)
+    libraries = versions("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
+    request = Request("graph", {"quantized": source.digest}, {"dtype": dtype}, libraries)
+    if (made := artifacts.current(out, request)) is not None:
+        return made
+    from engines.backends.ort import link_or_copy
+    from exporter import quantized
+    from exporter.lower.check import check_graph
+    from exporter.lower.trace import trace
+
+    specs = quantized.specs(source)
+    _check_lowerable(specs)
+    with artifacts.drafting(out, request) as draft:
+        graph = _run_passes(trace(source, dtype), source)
+        write(graph, draft.path / "model.onnx")
+        shapes = {path: layer.weight_shape for path, layer in quantized.quantized_layers(quantized.skeleton(source)).items()}
+        found = check_graph(draft.path / "model.onnx", specs, shapes)
+        link_or_copy(source.file(quantized.REFERENCE), draft.path / quantized.REFERENCE)
+        draft.info = _info(source, dtype, found)
+    return artifacts.open_artifact(out, "graph")
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+
+
+def _check_lowerable(specs: Mapping[str, LayerSpec]) -> None:
+    for path, spec in specs.items():
+        if spec.weight.onnx_type is None:
+            raise UserError(
+                f"layer {path!r}: no ONNX type holds its weight format {spec.weight}",
+                fix="use fp with 4/3 or 5/2 exponent/mantissa bits, or int with 2 … 8 bits",
+            )
+        if spec.activation and spec.activation.kind not in ("fp8", "int8") or (spec.activation and spec.activation.bits < 8):
+            raise UserError(
+                f"layer {path!r}: no engine quantizes activations to {spec.activation}",
+                fix="use fp with 4/3 exponent/mantissa bits, or int with 8 bits, for activations",
+            )
+
+
+def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    from exporter import quantized
+    from exporter.lower.passes.attach_weights import AttachWeights
+    from exporter.lower.passes.fold_constants import FoldConstants
+    from exporter.lower.passes.name_after_modules import NameAfterModules
+    from exporter.lower.trace import AXES, PREFIX
+
+    family = quantized.family(source)
+    inputs = [spec.name for spec in family.inputs(source.info["model"]["config"])]
+    passes = ir.passes.Sequential(
+        FoldConstants(),
+        NameAfterModules(PREFIX, inputs, family.OUTPUT, list(AXES)),
+        common.RemoveUnusedNodesPass(),
+        AttachWeights(quantized.StoredTensors(source), quantized.specs(source)),
+        common.DeduplicateHashedInitializersPass(),
+        common.ClearMetadataAndDocStringPass(),
+    )
+    return passes(model).model
+
+
+def write(model: ir.Model, path: Path) -> None:
+    """Writes the graph, its weights one at a time; large ones go beside it, in `<name>.data`."""
+    import onnx_ir as ir
+
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None  # the exporter's own may be wrong: facts.md section 3
+    total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if total > EXTERNAL_BYTES else None)
+
+
+def _info(source: Artifact, dtype: str, found: Mapping[str, int]) -> Json:
+    from exporter import quantized
+    from exporter.lower.trace import AXES, IR_VERSION, OPSET
+
+    family, info = quantized.family(source), source.info
+    inputs = [
+        {"name": spec.name, "dtype": dtype if spec.dtype == "float" else spec.dtype, "shape": list(spec.shape)}
+        for spec in family.inputs(info["model"]["config"])
+    ]
+    return {
+        "dtype": dtype,
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+        "inputs": inputs,
+        "output": family.OUTPUT,
+        "axes": AXES,
+        "layers": {path: spec.kinds for path, spec in quantized.specs(source).items()},
+        "initializer_bytes": dict(sorted(found.items())),
+        "weight_bytes": sum(found.values()),
+        **{key: info[key] for key in ("model", "recipe", "weights", "timesteps", "sampler")},
+    }

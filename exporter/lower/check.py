@@ -1,0 +1,52 @@
+"""What a written graph must be: valid ONNX, of allowed nodes and types, its weights the bytes their formats promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from exporter.modules import LayerSpec
+
+# Ops that ONNX Runtime and both TensorRTs were seen to take in lowered denoisers; a new one is added with that proof.
+OPS = frozenset(
+    "Add Cast Concat Constant Conv Cos DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Gather Gelu Gemm "
+    "Identity LayerNormalization MatMul Mul Neg Pow QuantizeLinear Range ReduceMean Reshape Shape Sigmoid Sin Slice "
+    "Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where".split()
+)
+TYPES = frozenset("FLOAT FLOAT16 INT64 INT32 BOOL INT8 INT4 FLOAT8E4M3FN FLOAT8E5M2".split())
+
+
+def check_graph(path: Path, specs: Mapping[str, LayerSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Checks a written graph and returns bytes per initializer type; a violation is a fault of ours."""
+    onnx.checker.check_model(str(path), full_check=True)
+    model = ir.load(path)
+    if alien := sorted({n.op_type if not n.domain else f"{n.domain}::{n.op_type}" for n in model.graph} - OPS):
+        raise AssertionError(f"{path}: ops that no backend was tested with: {', '.join(alien)}")
+    found: dict[str, int] = {}
+    for name, value in model.graph.initializers.items():
+        assert value.dtype is not None and value.const_value is not None
+        if value.dtype.name not in TYPES:
+            raise AssertionError(f"{path}: initializer {name!r} is {value.dtype.name}")
+        found[value.dtype.name] = found.get(value.dtype.name, 0) + value.const_value.nbytes
+    for layer, spec in specs.items():
+        _check_codes(model, layer, spec, shapes[layer])
+    return found
+
+
+def _check_codes(model: ir.Model, layer: str, spec: LayerSpec, shape: tuple[int, ...]) -> None:
+    """Checks the type and size of one layer's codes, found through its DequantizeLinear (identical ones are shared)."""
+    nodes = [n for n in model.graph if n.op_type == "DequantizeLinear" and n.name and n.name.startswith(f"{layer}/")]
+    codes = [n.inputs[0] for n in nodes if n.inputs[0] is not None and n.inputs[0].is_initializer()]
+    if len(codes) != 1 or codes[0] is None or codes[0].const_value is None:
+        raise AssertionError(f"layer {layer!r}: {len(codes)} weights in the graph where one was written")
+    want = math.ceil(math.prod(shape) * (4 if spec.weight.onnx_type == "INT4" else 8) / 8)
+    tensor = codes[0].const_value
+    if tensor.dtype.name != spec.weight.onnx_type or tensor.nbytes != want:
+        raise AssertionError(
+            f"layer {layer!r}: {tensor.nbytes} bytes of {tensor.dtype.name}; its format promises {want} of "
+            f"{spec.weight.onnx_type}"
+        )

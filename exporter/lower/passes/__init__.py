@@ -1,0 +1,1 @@
+"""Graph passes: one change per file, each saying what it requires, does and ensures."""

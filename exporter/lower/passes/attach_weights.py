@@ -1,0 +1,57 @@
+"""Requires: weights without values, under the quantized model's names. Does: gives each its stored bytes, read late.
+
+Ensures: codes lie in their quantized type (INT4 narrowed from the int8 that torch traced), floats in the graph's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from engines.errors import UserError
+from exporter.modules import LayerSpec
+from exporter.quantized import StoredTensors
+
+NUMPY_VIEWS = {torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn, torch.float8_e5m2: ml_dtypes.float8_e5m2}
+
+
+class AttachWeights(ir.passes.InPlacePass):
+    def __init__(self, stored: StoredTensors, specs: Mapping[str, LayerSpec]) -> None:
+        super().__init__()
+        self.stored, self.specs = stored, specs
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for value in model.graph.initializers.values():
+            if value.const_value is None:
+                self._attach(value)
+        return ir.passes.PassResult(model, modified=True)
+
+    def _attach(self, value: ir.Value) -> None:
+        assert value.name is not None and value.shape is not None and value.dtype is not None
+        name, shape = value.name, tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "activation_zero_point":
+            value.const_value = ir.Tensor(np.zeros(shape, value.dtype.numpy()), dtype=value.dtype, name=name)
+            return
+        if name not in self.stored:
+            raise UserError(f"the quantized model holds no tensor {name!r}", fix="quantize the model again")
+        if leaf == "weight_codes" and owner in self.specs and self.specs[owner].weight.onnx_type == "INT4":
+            value.type = ir.TensorType(ir.DataType.INT4)
+        dtype = value.dtype
+        value.const_value = ir.LazyTensor(
+            lambda: _tensor(self.stored.raw(name), dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name
+        )
+
+
+def _tensor(raw: torch.Tensor, dtype: ir.DataType, shape: tuple[int, ...], name: str) -> ir.TensorProtocol:
+    if dtype == ir.DataType.INT4:
+        return ir.PackedTensor(raw.numpy(), dtype=dtype, shape=ir.Shape(shape), name=name)
+    if raw.dtype in NUMPY_VIEWS:
+        array = raw.view(torch.uint8).numpy().view(NUMPY_VIEWS[raw.dtype])
+    else:
+        array = raw.numpy().astype(dtype.numpy())
+    return ir.Tensor(array.reshape(shape), dtype=dtype, name=name)

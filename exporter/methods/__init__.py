@@ -1,0 +1,61 @@
+"""Quantization methods: one module each. A method picks which codes and scales to use.
+
+`prepare` may first change the float model without changing what it computes; `quantize_weight` then turns one layer's
+weight into codes and scales.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from engines.errors import UserError, unknown
+from exporter.formats import QuantizedTensor
+from exporter.models import Fold
+
+
+class Method(Protocol):
+    """What a method module holds, beside its frozen `Options`. `NEEDS_CHANNEL_ABSMAX` asks for input statistics."""
+
+    NEEDS_CHANNEL_ABSMAX: bool
+
+    def prepare(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        folds: Sequence[Fold],
+        channel_absmax: Mapping[str, torch.Tensor],
+        options: Any,
+    ) -> list[str]:
+        """Changes the float model in place, exactly; returns the layers it changed."""
+
+    def quantize_weight(self, weight: torch.Tensor, spec: Any, axis: int, options: Any) -> QuantizedTensor:
+        """Returns the codes and scales of a weight; `axis` is the one that channels, or blocks, lie along."""
+
+
+def names() -> list[str]:
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> Method:
+    return cast(Method, importlib.import_module(f"exporter.methods.{name}"))
+
+
+def options(name: str, values: Mapping[str, Any], where: str) -> Any:
+    """Builds a method's Options from a recipe's table."""
+    if name not in names():
+        raise unknown("method", name, names(), where)
+    cls = importlib.import_module(f"exporter.methods.{name}").Options
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown("key", key, known, where)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise UserError(f"{where}: {key} = {value!r} is not a number", fix=f"the default is {known[key].default}")
+    return cls(**values)

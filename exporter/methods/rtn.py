@@ -1,0 +1,36 @@
+"""Round to nearest: each scale spans the largest magnitude of its part of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from exporter.formats import QuantizedTensor, absmax, quantize, scale_for
+from exporter.models import Fold
+from exporter.recipe import WeightSpec
+
+NEEDS_CHANNEL_ABSMAX = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """None: rounding has nothing to choose."""
+
+
+def prepare(
+    model: nn.Module,
+    paths: Sequence[str],
+    folds: Sequence[Fold],
+    channel_absmax: Mapping[str, torch.Tensor],
+    options: Options,
+) -> list[str]:
+    return []
+
+
+def quantize_weight(weight: torch.Tensor, spec: WeightSpec, axis: int, options: Options) -> QuantizedTensor:
+    range_ = absmax(weight, spec.granularity, axis, spec.block_size)
+    scale = scale_for(range_, spec.format)
+    return quantize(weight, scale, spec.format, spec.granularity, axis, spec.block_size)

@@ -1,0 +1,192 @@
+"""Quantized layers: they hold codes and scales, compute in torch, and emit their own ONNX nodes when traced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engines.errors import UserError
+from exporter import formats
+from exporter.formats import Format, Granularity, QuantizedTensor, fake_quantize
+from exporter.ops import qdq
+
+FLOAT_LAYERS = (nn.Linear, nn.Conv2d)  # what a recipe's rules range over
+
+
+class StepContext:
+    """The sampler's position during one call, [batch] int64, for quantizers whose scales depend on it."""
+
+    def __init__(self) -> None:
+        self.step: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def at(self, step: torch.Tensor | None) -> Iterator[None]:
+        self.step, before = step, self.step
+        try:
+            yield
+        finally:
+            self.step = before
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer is quantized; what the manifest holds of it."""
+
+    weight: Format
+    granularity: Granularity
+    block_size: int
+    activation: Format | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "weight": _format_json(self.weight),
+            "granularity": self.granularity,
+            "block_size": self.block_size,
+            "activation": _format_json(self.activation) if self.activation else None,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> LayerSpec:
+        load = lambda f: formats.load(f["format"], {k: v for k, v in f.items() if k != "format"}, where)  # noqa: E731
+        activation = load(value["activation"]) if value["activation"] else None
+        return cls(load(value["weight"]), value["granularity"], value["block_size"], activation)
+
+    @property
+    def kinds(self) -> dict[str, str | None]:
+        """The types as reports and plans spell them."""
+        return {"weight": self.weight.kind, "activation": self.activation.kind if self.activation else None}
+
+
+def _format_json(fmt: Format) -> dict[str, Any]:
+    return {"format": type(fmt).__module__.rpartition(".")[2], **vars_of(fmt)}
+
+
+def vars_of(fmt: Format) -> dict[str, Any]:
+    return {name: getattr(fmt, name) for name in type(fmt).__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+class QuantizedLayer(nn.Module):
+    """A Linear or Conv2d whose weight is codes and scales.
+
+    Linear: codes [in, out], so that MatMul takes them as they lie; channels along 1, blocks along 0.
+    Conv2d: codes [out, in, kh, kw], channels along 0; with blocks [out, in·kh·kw], blocks along 1.
+    """
+
+    weight_codes: torch.Tensor
+    weight_scale: torch.Tensor
+    activation_scale: torch.Tensor
+    activation_zero_point: torch.Tensor
+
+    def __init__(self, source: nn.Module, spec: LayerSpec) -> None:
+        """Takes geometry and bias from the float layer, not its weight: codes and scales are set or loaded after."""
+        super().__init__()
+        self.spec = spec
+        self.conv = _conv_arguments(source) if isinstance(source, nn.Conv2d) else None
+        self.weight_shape = tuple(source.weight.shape)  # type: ignore[union-attr, arg-type]
+        self.bias = source.bias
+        shape = oriented_shape(source, spec)
+        self.register_buffer("weight_codes", torch.empty(shape, dtype=spec.weight.carrier))
+        self.register_buffer("weight_scale", torch.empty(self._scale_shape(shape)))
+        if spec.activation:
+            self.register_buffer("activation_scale", torch.empty(()))
+            zero = torch.zeros((), dtype=spec.activation.carrier)
+            self.register_buffer("activation_zero_point", zero, persistent=False)
+
+    @property
+    def axis(self) -> int:
+        blocks = self.spec.granularity == "block"
+        return int(blocks) if self.conv else int(not blocks)
+
+    def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.spec.granularity == "tensor":
+            return ()
+        if self.spec.granularity == "channel":
+            return (shape[self.axis],)
+        return tuple(n // self.spec.block_size if d == self.axis else n for d, n in enumerate(shape))
+
+    @property
+    def weight_tensor(self) -> QuantizedTensor:
+        spec = self.spec
+        return QuantizedTensor(
+            self.weight_codes, self.weight_scale, spec.weight, spec.granularity, self.axis, spec.block_size
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._traced_weight() if torch.compiler.is_exporting() else self.weight_tensor.dequantize(x.dtype)
+        if self.spec.activation:
+            x = self._quantized_input(x, self.spec.activation)
+        if self.conv:
+            return F.conv2d(x, weight.reshape(self.weight_shape), self.bias, **self.conv)
+        if torch.compiler.is_exporting():
+            y = x @ weight
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, weight.T, self.bias)
+
+    def _quantized_input(self, x: torch.Tensor, fmt: Format) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            return qdq.quantize_dequantize(x, self.activation_scale, self.activation_zero_point)
+        return fake_quantize(x, self.activation_scale, fmt)
+
+    def _traced_weight(self) -> torch.Tensor:
+        return qdq.dequantize(self.weight_codes, self.weight_scale, self.axis, self.spec.block_size)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLayer:
+        # .half() and .double() convert every floating-point buffer, and float8 counts as one: codes are not numbers.
+        codes = {n: self._buffers[n] for n in ("weight_codes", "activation_zero_point") if n in self._buffers}
+        super()._apply(fn, recurse)
+        self._buffers |= codes
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.weight_shape}, {self.spec.kinds}"
+
+
+def _conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+
+
+def oriented_shape(layer: nn.Module, spec: LayerSpec) -> tuple[int, ...]:
+    """Returns the shape the codes lie in."""
+    shape = tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
+    if isinstance(layer, nn.Conv2d):
+        return (shape[0], shape[1] * shape[2] * shape[3]) if spec.granularity == "block" else shape
+    return shape[::-1]
+
+
+def oriented(layer: nn.Module, spec: LayerSpec) -> torch.Tensor:
+    """Returns the float weight in the orientation of the codes."""
+    weight: torch.Tensor = layer.weight.detach()  # type: ignore[union-attr, assignment]
+    if isinstance(layer, nn.Conv2d):
+        return weight.flatten(1) if spec.granularity == "block" else weight
+    return weight.T
+
+
+def check_fits(path: str, layer: nn.Module, spec: LayerSpec) -> None:
+    """Raises a UserError if the layer's width is not a multiple of the block size."""
+    if spec.granularity != "block":
+        return
+    shape = oriented_shape(layer, spec)
+    width = shape[1] if isinstance(layer, nn.Conv2d) else shape[0]
+    if width % spec.block_size:
+        divisors = [d for d in (16, 32, 64, 128, 256) if width % d == 0]
+        raise UserError(
+            f"layer {path!r}: its {width} inputs are no multiple of block_size {spec.block_size}",
+            fix=f"use block_size {' or '.join(map(str, divisors))}" if divisors else 'use granularity "channel" for it',
+        )
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at `path`; through _modules, since a name like to_out.0 lies in a ModuleList."""
+    owner, _, leaf = path.rpartition(".")
+    model.get_submodule(owner)._modules[leaf] = module
+
+
+def float_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers a recipe may quantize, by path, in the model's own order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FLOAT_LAYERS)}

@@ -1,0 +1,1 @@
+"""ONNX ops that layers emit at trace time: one module each."""

@@ -1,0 +1,22 @@
+"""QuantizeLinear and DequantizeLinear, emitted while the exporter traces."""
+
+from __future__ import annotations
+
+import torch
+
+
+def quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """Emits Q and DQ with one scale. The zero point is typed: without one, TensorRT and ONNX assume different types."""
+    inputs = [x, scale, zero_point]
+    codes = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=zero_point.dtype, shape=x.shape)
+    return torch.onnx.ops.symbolic("DequantizeLinear", [codes, scale, zero_point], dtype=x.dtype, shape=x.shape)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, axis: int, block_size: int) -> torch.Tensor:
+    """Emits DQ of stored codes, per channel along `axis`, or in blocks along it."""
+    attributes: dict[str, int] = {"axis": axis} if scale.ndim else {}
+    if block_size:
+        attributes["block_size"] = block_size
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear", [codes, scale], attributes, dtype=scale.dtype, shape=codes.shape
+    )

@@ -1,0 +1,28 @@
+"""Progress on stderr: bars with the time left for long work, one line for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def note(text: str) -> None:
+    """Prints one line on stderr."""
+    _console().print(text, highlight=False, markup=False)
+
+
+def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Yields the items under a progress bar with the time left; where stderr is no terminal, prints a line at the end."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=_console()) as progress:
+        yield from progress.track(items, total=total, description=what)
+
+
+def _console():  # type: ignore[no-untyped-def]  # rich is imported late: --help must stay fast
+    from rich.console import Console
+
+    return Console(stderr=True)

@@ -1,0 +1,230 @@
+"""Stage `quantize`: model, recipe, calibration → codes, scales, and the reference that every runner is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from calib_data.store import CalibrationSet
+from calib_data.tensors import save_tensors
+from engines import artifacts
+from engines.artifacts import Artifact, Json, Request
+from engines.errors import UserError
+from exporter import methods, observers, progress, quantized
+from exporter.checkpoint import Checkpoint
+from exporter.formats import scale_for
+from exporter.models import Family
+from exporter.modules import LayerSpec, QuantizedLayer, StepContext, check_fits, float_layers, oriented, replace
+from exporter.recipe import Recipe, Rule
+from exporter.runners import TorchRunner
+from exporter.versions import versions
+
+REFERENCE_STEPS = 5  # first and last included
+REFERENCE_ROWS = 8  # samples in a reference feed
+
+Rules = Mapping[str, Rule]
+Reference = dict[str, torch.Tensor]
+
+
+def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out: Path) -> Artifact:
+    """Quantizes the model as the recipe says and writes codes, scales and reference feeds and outputs."""
+    made_from = {"model": checkpoint.digest, "recipe": recipe.digest, "calibration": calibration.digest}
+    request = Request("quantized", made_from, {"recipe": recipe.name}, versions("torch", "diffusers"))
+    if (made := artifacts.current(out, request)) is not None:
+        return made
+    with artifacts.drafting(out, request) as draft:
+        data, family = CalibrationSet(calibration), checkpoint.family
+        model = checkpoint.load()
+        rules, specs = assign(model, family, recipe)
+        reference = _feeds(data)
+        _add_outputs(reference, "float", TorchRunner("float", model, family))
+        changed = _prepare(model, family, rules, specs, data)
+        scales = _activation_scales(model, family, rules, specs, data)
+        _replace(model, rules, specs, scales)
+        quantized.save(model, draft.path)
+        draft.info = _info(checkpoint, recipe, calibration, model, specs, changed, len(rules))
+        _add_quantized_outputs(reference, model, family)  # last: it leaves the model in fp16
+        save_tensors(reference, draft.path / quantized.REFERENCE)
+    return artifacts.open_artifact(out, "quantized")
+
+
+def layer_specs(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, LayerSpec]:
+    """Returns how a recipe would quantize a model, from its shapes alone."""
+    return assign(checkpoint.skeleton(), checkpoint.family, recipe)[1]
+
+
+def assign(model: nn.Module, family: Family, recipe: Recipe) -> tuple[Rules, dict[str, LayerSpec]]:
+    """Returns every layer's rule, and how those that are not kept are quantized."""
+    layers = float_layers(model)
+    rules = recipe.assign(list(layers), family.blocks(model))
+    specs = {}
+    for path, rule in rules.items():
+        if rule.weight is None:
+            continue
+        activation = rule.activation.format if rule.activation else None
+        spec = LayerSpec(rule.weight.format, rule.weight.granularity, rule.weight.block_size, activation)
+        check_fits(path, layers[path], spec)
+        specs[path] = spec
+    return rules, specs
+
+
+def _prepare(
+    model: nn.Module, family: Family, rules: Rules, specs: Mapping[str, LayerSpec], data: CalibrationSet
+) -> list[str]:
+    """Lets each method change the float model, exactly, before ranges are observed; returns the changed layers."""
+    groups: dict[Any, list[str]] = {}
+    for path in specs:
+        groups.setdefault(rules[path].method, []).append(path)
+    changed: list[str] = []
+    for spec, paths in groups.items():
+        method = methods.load(spec.name)
+        channel_absmax = _channel_absmax(model, family, paths, data) if method.NEEDS_CHANNEL_ABSMAX else {}
+        changed += method.prepare(model, paths, family.folds(model), channel_absmax, spec.options)
+    return changed
+
+
+def _channel_absmax(
+    model: nn.Module, family: Family, paths: Sequence[str], data: CalibrationSet
+) -> dict[str, torch.Tensor]:
+    """Returns the largest magnitude of every input channel of the Linear layers among `paths`, over all steps."""
+    largest: dict[str, torch.Tensor] = {}
+
+    def see(path: str, x: torch.Tensor) -> None:
+        seen = x.abs().flatten(0, -2).amax(dim=0)
+        largest[path] = torch.maximum(largest[path], seen) if path in largest else seen
+
+    linear = [path for path in paths if isinstance(model.get_submodule(path), nn.Linear)]
+    _watch_inputs(model, family, linear, data, see, "input channels")
+    return largest
+
+
+def _activation_scales(
+    model: nn.Module, family: Family, rules: Rules, specs: Mapping[str, LayerSpec], data: CalibrationSet
+) -> dict[str, torch.Tensor]:
+    """Observes the inputs of every layer with a quantized activation; returns its scale, []."""
+    watched = {
+        path: observers.OBSERVERS[rule.activation.observer]()
+        for path, rule in rules.items()
+        if path in specs and rule.activation
+    }
+    if not watched:
+        return {}
+    _watch_inputs(model, family, list(watched), data, lambda path, x: watched[path].update(x), "activation ranges")
+    scales = {}
+    for path, observer in watched.items():
+        fmt = specs[path].activation
+        assert fmt is not None
+        scales[path] = scale_for(torch.tensor(observer.range(fmt), dtype=torch.float64), fmt)
+    return scales
+
+
+def _watch_inputs(
+    model: nn.Module, family: Family, paths: Sequence[str], data: CalibrationSet, see: Any, what: str
+) -> None:
+    """Runs every calibration record through the model, showing `see(path, x)` the inputs of layers."""
+
+    def hook(path: str) -> Any:
+        return lambda _module, args: see(path, args[0])
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
+    runner = TorchRunner("float", model, family)
+    batches = list(data.shards)
+    try:
+        for shard in progress.track(batches, len(batches), f"observing {what}"):
+            for feeds in data.batches(shards=[shard]):
+                runner.run_tensors(feeds)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _replace(
+    model: nn.Module, rules: Rules, specs: Mapping[str, LayerSpec], scales: Mapping[str, torch.Tensor]
+) -> None:
+    """Swaps float layers for quantized ones, one at a time, so that the float weights go as the codes come."""
+    for path, spec in progress.track(specs.items(), len(specs), "quantizing (layers)"):
+        source = model.get_submodule(path)
+        rule = rules[path]
+        assert rule.method is not None
+        layer = QuantizedLayer(source, spec)
+        weight = oriented(source, spec)
+        tensor = methods.load(rule.method.name).quantize_weight(weight, rule.weight, layer.axis, rule.method.options)
+        layer.weight_codes, layer.weight_scale = tensor.codes.contiguous(), tensor.scale
+        if path in scales:
+            layer.activation_scale = scales[path]
+        replace(model, path, layer)
+
+
+def _feeds(data: CalibrationSet) -> Reference:
+    """Returns `<step>/feeds/<input>` for REFERENCE_STEPS steps spread evenly, from the first shard."""
+    count = len(data.steps)
+    positions = sorted({round(i * (count - 1) / (REFERENCE_STEPS - 1)) for i in range(REFERENCE_STEPS)})
+    steps = [data.steps[p] for p in positions]
+    return {
+        f"{step}/feeds/{name}": value[:REFERENCE_ROWS].clone()
+        for step, feeds in data.read(data.shards[0], steps)
+        for name, value in feeds.items()
+    }
+
+
+def reference_steps(reference: Mapping[str, Any]) -> list[int]:
+    return sorted({int(key.partition("/")[0]) for key in reference})
+
+
+def reference_feeds(reference: Mapping[str, Any], step: int) -> dict[str, Any]:
+    prefix = f"{step}/feeds/"
+    return {key.removeprefix(prefix): value for key, value in reference.items() if key.startswith(prefix)}
+
+
+def _add_outputs(reference: Reference, what: str, runner: TorchRunner) -> None:
+    for step in reference_steps(reference):
+        (output,) = runner.run_tensors(reference_feeds(reference, step)).values()
+        if bad := int((~output.isfinite()).sum()):
+            raise UserError(
+                f"the {what} model gives {bad} NaN or infinite values at step {step}",
+                fix="keep the layers with the largest activations in float, or use a wider format",
+            )
+        reference[f"{step}/{what}"] = output.float().contiguous()
+
+
+def _add_quantized_outputs(reference: Reference, model: nn.Module, family: Family) -> None:
+    """Adds the quantized model's outputs in fp32, and in fp64 and fp16, whose distances are the rounding floors."""
+    for what, dtype in (("quantized", torch.float32), ("quantized_fp64", torch.float64), ("quantized_fp16", torch.float16)):
+        model.to(dtype)
+        _add_outputs(reference, what, TorchRunner(what, model, family, dtype=dtype, steps=StepContext()))
+
+
+def _info(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Artifact,
+    model: nn.Module,
+    specs: Mapping[str, LayerSpec],
+    changed: Sequence[str],
+    layers: int,
+) -> Json:
+    parameters = checkpoint_parameters(checkpoint)
+    return {
+        "model": {
+            "name": checkpoint.name,
+            "class": checkpoint.family.CLASS,
+            "config": checkpoint.config,
+            "weights_seed": checkpoint.weights_seed,
+            "parameters": parameters,
+            "float_weight_bytes": 2 * parameters,  # the checkpoint as fp16
+        },
+        "recipe": {"name": recipe.name, "digest": recipe.digest},
+        "layers": {path: spec.to_json() for path, spec in specs.items()},
+        "smoothed_layers": sorted(changed),
+        "weights": quantized.storage(model) | {"kept_layers": layers - len(specs)},
+        "timesteps": calibration.info["timesteps"],
+        "sampler": checkpoint.sampler,
+    }
+
+
+def checkpoint_parameters(checkpoint: Checkpoint) -> int:
+    return sum(p.numel() for p in checkpoint.skeleton().parameters())

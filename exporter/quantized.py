@@ -1,0 +1,157 @@
+"""The Quantized artifact: how a quantized model lies on disk, and how it is read back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from calib_data.tensors import save_tensors
+from engines.artifacts import Artifact, Json
+from engines.errors import UserError
+from exporter.checkpoint import parameters_on_meta, set_parameter
+from exporter.formats import pack_int4, unpack_int4
+from exporter.models import Family, family_of
+from exporter.modules import LayerSpec, QuantizedLayer, replace
+
+SHARD_BYTES = 512 << 20  # what one file holds, and so what is in memory while it is written
+REFERENCE = "reference.safetensors"
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields everything the model holds, by name, as it is stored: 4-bit codes packed, scales in fp16.
+
+    Kept tensors are stored in fp16 where that is exact, as it is for those of an fp16 checkpoint, else in fp32.
+    Buffers that no checkpoint holds (position tables) are among them, so that lowering needs no float model.
+    """
+    layers = quantized_layers(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "activation_zero_point":
+            continue
+        layer = layers.get(owner)
+        if layer is not None and leaf == "weight_codes":
+            yield name, pack_int4(tensor) if layer.spec.weight.onnx_type == "INT4" else tensor.contiguous()
+        elif layer is not None and leaf.endswith("_scale"):
+            yield name, tensor.to(torch.float16)
+        else:
+            yield name, narrowed(tensor.detach())
+
+
+def narrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor as fp16 if that loses nothing."""
+    if tensor.dtype == torch.float32 and torch.equal((half := tensor.to(torch.float16)).float(), tensor):
+        return half.contiguous()
+    return tensor.contiguous()
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Writes weights-00000.safetensors and so on, each at most SHARD_BYTES unless one tensor is larger."""
+    held: dict[str, torch.Tensor] = {}
+    number = 0
+    for name, tensor in stored_tensors(model):
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
+            save_tensors(held, folder / f"weights-{number:05d}.safetensors")
+            held, number = {}, number + 1
+        held[name] = tensor
+    save_tensors(held, folder / f"weights-{number:05d}.safetensors")
+
+
+class StoredTensors:
+    """Reads the tensors of a Quantized artifact by name, one at a time."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._files: dict[str, Path] = {}
+        for file in artifact.files("weights-"):
+            with safe_open(artifact.file(file), framework="pt") as handle:
+                self._files |= dict.fromkeys(handle.keys(), artifact.file(file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def raw(self, name: str) -> torch.Tensor:
+        """Returns the tensor as stored."""
+        if name not in self._files:
+            raise UserError(f"{self._artifact.path}: holds no tensor {name!r}", fix="quantize the model again")
+        with safe_open(self._files[name], framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
+
+
+def family(artifact: Artifact) -> Family:
+    return family_of(artifact.info["model"]["class"], str(artifact.path))
+
+
+def specs(artifact: Artifact) -> dict[str, LayerSpec]:
+    """Returns how each quantized layer is quantized."""
+    where = str(artifact.path)
+    return {path: LayerSpec.from_json(value, where) for path, value in artifact.info["layers"].items()}
+
+
+def skeleton(artifact: Artifact) -> nn.Module:
+    """Builds the quantized module without memory for parameters; codes and scales are there, not filled."""
+    with parameters_on_meta():
+        model = family(artifact).build(artifact.info["model"]["config"]).eval()
+    for path, spec in specs(artifact).items():
+        replace(model, path, QuantizedLayer(model.get_submodule(path), spec))
+    return model
+
+
+def load(artifact: Artifact) -> nn.Module:
+    """Reads the quantized fp32 model back; its codes, scales and outputs equal those that were saved."""
+    model, stored = skeleton(artifact), StoredTensors(artifact)
+    layers = quantized_layers(model)
+    for name, parameter in list(model.named_parameters()):
+        set_parameter(model, name, stored.raw(name).to(torch.float32).reshape(parameter.shape))
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        if leaf != "activation_zero_point":
+            model.get_submodule(owner)._buffers[leaf] = _restored(stored.raw(name), buffer, layers.get(owner), leaf)
+    return model.requires_grad_(False)
+
+
+def _restored(raw: torch.Tensor, like: torch.Tensor, layer: QuantizedLayer | None, leaf: str) -> torch.Tensor:
+    if layer is not None and leaf == "weight_codes" and layer.spec.weight.onnx_type == "INT4":
+        return unpack_int4(raw, tuple(like.shape))
+    return raw.to(like.dtype)
+
+
+def storage(model: nn.Module) -> Json:
+    """Counts what the model stores: the `weights` part of a report.
+
+    bits_per_weight counts everything the quantized layers store for their weights (codes and scales as stored),
+    divided by their weights; biases and activation scales are in `bytes` alone.
+    """
+    layers = quantized_layers(model)
+    formats: dict[str, dict[str, Any]] = {}
+    total = weight_bytes = weights = 0
+    for name, tensor in stored_tensors(model):
+        owner, _, leaf = name.rpartition(".")
+        total += tensor.nbytes
+        if (layer := layers.get(owner)) is None or leaf not in ("weight_codes", "weight_scale"):
+            continue
+        entry = formats.setdefault(layer.spec.weight.kind, {"layers": 0, "bytes": 0, "weights": 0})
+        entry["bytes"] += tensor.nbytes
+        weight_bytes += tensor.nbytes
+        if leaf == "weight_codes":
+            count = torch.Size(layer.weight_shape).numel()
+            entry["layers"] += 1
+            entry["weights"] += count
+            weights += count
+    for entry in formats.values():
+        entry["bits_per_weight"] = 8 * entry["bytes"] / entry.pop("weights")
+    return {
+        "bytes": total,
+        "bits_per_weight": 8 * weight_bytes / weights if weights else None,
+        "quantized_layers": len(layers),
+        "by_format": formats,
+    }

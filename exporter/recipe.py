@@ -1,0 +1,237 @@
+"""Recipes: TOML that says, layer by layer, which formats and which method; first matching rule wins."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from engines.artifacts import digest_json
+from engines.errors import UserError, unknown
+from exporter import formats, methods, observers
+from exporter.formats import GRANULARITIES, Format, Granularity
+
+FOLDER = Path(__file__).parent / "recipes"
+MAX_RECIPE_BYTES = 1 << 20
+SCOPES = ("all", "blocks", "outside_blocks")
+_FORMAT_KEYS = {"bits", "exponent_bits", "mantissa_bits"}
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    format: Format
+    granularity: Granularity = "channel"
+    block_size: int = 0
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """One static scale per tensor."""
+
+    format: Format
+    observer: str = "absmax"
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    name: str
+    options: Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`layers`: shell pattern on module paths. `scope`: which part of the model. No `weight`: the layer is kept."""
+
+    layers: str
+    scope: str = "all"
+    optional: bool = False
+    weight: WeightSpec | None = None
+    activation: ActivationSpec | None = None
+    method: MethodSpec | None = None
+
+    def matches(self, path: str, in_block: bool) -> bool:
+        if self.scope != "all" and in_block != (self.scope == "blocks"):
+            return False
+        return fnmatchcase(path, self.layers)
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    samples: int = 64
+    record_steps: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    source: Mapping[str, Any]
+    rules: tuple[Rule, ...]
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what the recipe says, whatever its file's name, order of keys or comments."""
+        return digest_json(self.source)
+
+    def assign(self, layers: Sequence[str], blocks: Collection[str]) -> dict[str, Rule]:
+        """Returns each layer's first matching rule; a layer or a rule without a match is an error."""
+        assigned = {
+            path: next((r for r in self.rules if r.matches(path, _within(path, blocks))), None) for path in layers
+        }
+        if unmatched := [path for path, rule in assigned.items() if rule is None]:
+            raise UserError(
+                f"recipe {self.name!r}: no rule matches layer {unmatched[0]!r}" + _more(unmatched),
+                fix='end the recipe with a rule for the rest: layers = "*"',
+            )
+        for number, rule in enumerate(self.rules, 1):
+            if rule.optional or any(rule.matches(path, _within(path, blocks)) for path in layers):
+                continue
+            raise _matches_nothing(f"recipe {self.name!r}, rule {number}", rule, layers)
+        return cast(dict[str, Rule], assigned)
+
+
+def _matches_nothing(where: str, rule: Rule, layers: Sequence[str]) -> UserError:
+    error = unknown("layer pattern", rule.layers, layers, where)
+    hint = error.fix.split("known:")[0]
+    return UserError(
+        f"{where}: layers = {rule.layers!r} (scope {rule.scope!r}) matches none of the model's {len(layers)} layers",
+        fix=f"{hint}layers are named like {layers[0]!r}; mend the pattern, or write optional = true",
+    )
+
+
+def _within(path: str, blocks: Collection[str]) -> bool:
+    return any(path.startswith(block + ".") for block in blocks)
+
+
+def _more(items: Sequence[object]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load(name: str) -> Recipe:
+    """Loads a shipped recipe by name or one from a .toml file."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        if name not in names():
+            raise unknown("recipe", name, names())
+        path = FOLDER / f"{name}.toml"
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes", fix="a recipe is a short text file")
+        source = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: cannot be read ({error})", fix="check the path") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {path}: not valid TOML ({error})", fix="mend the line it names") from error
+    return parse(path.stem, source)
+
+
+def parse(name: str, source: Mapping[str, Any]) -> Recipe:
+    """Builds a recipe from its parsed TOML."""
+    where = f"recipe {name!r}"
+    _known(source, ("calibration", "rule"), where)
+    rules = source.get("rule", [])
+    if not isinstance(rules, list) or not rules:
+        raise UserError(f"{where}: has no rules", fix="write at least one [[rule]]")
+    return Recipe(
+        name,
+        source,
+        tuple(_rule(rule, f"{where}, rule {number}") for number, rule in enumerate(rules, 1)),
+        _calibration(source.get("calibration", {}), f"{where}, [calibration]"),
+    )
+
+
+def _calibration(table: Mapping[str, Any], where: str) -> CalibrationSpec:
+    _known(table, ("samples", "record_steps"), where)
+    samples = _integer(table, "samples", where, default=64, least=1)
+    steps = table.get("record_steps")
+    if steps is None:
+        return CalibrationSpec(samples)
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, int) and s >= 0 for s in steps):
+        raise UserError(f"{where}: record_steps = {steps!r}", fix="write a list of steps, e.g. [0, 5]")
+    return CalibrationSpec(samples, tuple(sorted(set(steps))))
+
+
+def _rule(table: Any, where: str) -> Rule:
+    _known(table, ("layers", "scope", "optional", "keep", "weight", "activation", "method"), where)
+    if not isinstance(table.get("layers"), str):
+        raise UserError(f"{where}: lacks layers", fix='write layers = "PATTERN", e.g. "*"')
+    scope = table.get("scope", "all")
+    if scope not in SCOPES:
+        raise unknown("scope", str(scope), SCOPES, where)
+    optional = table.get("optional", False)
+    if not isinstance(optional, bool):
+        raise UserError(f"{where}: optional = {optional!r}", fix="write optional = true or leave it out")
+    rule = Rule(table["layers"], scope, optional)
+    if "keep" in table:
+        return _keep(rule, table, where)
+    if "weight" not in table:
+        raise UserError(f"{where}: says neither weight nor keep", fix='write weight = { … } or keep = "float"')
+    method = table.get("method", {"name": "rtn"})
+    return Rule(
+        rule.layers,
+        rule.scope,
+        rule.optional,
+        _weight(table["weight"], f"{where}, weight"),
+        _activation(table["activation"], f"{where}, activation") if "activation" in table else None,
+        _method(method, f"{where}, method"),
+    )
+
+
+def _keep(rule: Rule, table: Mapping[str, Any], where: str) -> Rule:
+    if table["keep"] != "float":
+        raise unknown("keep", str(table["keep"]), ("float",), where)
+    if extra := {"weight", "activation", "method"} & table.keys():
+        raise UserError(f"{where}: keeps its layers but also says {', '.join(sorted(extra))}", fix="drop one of them")
+    return rule
+
+
+def _weight(table: Any, where: str) -> WeightSpec:
+    _known(table, ("format", "granularity", "block_size", *_FORMAT_KEYS), where)
+    granularity = table.get("granularity", "channel")
+    if granularity not in GRANULARITIES:
+        raise unknown("granularity", str(granularity), GRANULARITIES, where)
+    if (granularity == "block") != ("block_size" in table):
+        raise UserError(f"{where}: block_size goes with granularity block", fix="write both or neither")
+    block_size = _integer(table, "block_size", where, default=0, least=0)
+    return WeightSpec(_format(table, where), cast(Literal["tensor", "channel", "block"], granularity), block_size)
+
+
+def _activation(table: Any, where: str) -> ActivationSpec:
+    _known(table, ("format", "observer", *_FORMAT_KEYS), where)
+    observer = table.get("observer", "absmax")
+    if observer not in observers.OBSERVERS:
+        raise unknown("observer", str(observer), observers.OBSERVERS, where)
+    return ActivationSpec(_format(table, where), observer)
+
+
+def _format(table: Mapping[str, Any], where: str) -> Format:
+    return formats.load(str(table.get("format", "")), {k: table[k] for k in _FORMAT_KEYS if k in table}, where)
+
+
+def _method(table: Any, where: str) -> MethodSpec:
+    _known(table, None, where)
+    name = str(table.get("name", ""))
+    options = {k: v for k, v in table.items() if k != "name"}
+    return MethodSpec(name, methods.options(name, options, where))
+
+
+def _known(table: Any, keys: Sequence[str] | None, where: str) -> None:
+    if not isinstance(table, Mapping):
+        raise UserError(f"{where}: {table!r} is not a table", fix="write { key = value, … }")
+    for key in table:
+        if keys is not None and key not in keys:
+            raise unknown("key", key, keys, where)
+
+
+def _integer(table: Mapping[str, Any], key: str, where: str, *, default: int, least: int) -> int:
+    value = table.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{where}: {key} = {value!r}", fix=f"write a whole number, at least {least}")
+    return value

@@ -1,0 +1,159 @@
+"""`run`: all stages in turn; one that is up to date is skipped, so the same command resumes after a kill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines import artifacts, backends
+from engines.artifacts import Artifact, Json, digest_file
+from engines.build import build
+from engines.errors import UserError
+from exporter import bench, progress
+from exporter.calibrate import calibrate
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.lower import DTYPES, lower
+from exporter.quantize import layer_specs, quantize
+from exporter.recipe import Recipe
+from exporter.validate import Run, validate
+from exporter.versions import versions
+
+REPORT, PICTURE = "report.json", "samples.png"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One engine to build."""
+
+    backend: str
+    gpu: str | None
+    dtype: str
+
+
+def run(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    *,
+    backend_names: Sequence[str],
+    gpu: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> Json:
+    """Calibrates, quantizes, lowers, builds and validates into `out`; returns the report."""
+    targets = [_target(name, gpu, dtype) for name in dict.fromkeys(backend_names)]
+    preflight(checkpoint, recipe, targets)
+    with locked(out):
+        spec = recipe.calibration
+        calibration = _stage(
+            "calibrate", calibrate, checkpoint, out / "calibration", samples=spec.samples, seed=seed,
+            record_steps=spec.record_steps,
+        )  # fmt: skip
+        source = _stage("quantize", quantize, checkpoint, recipe, calibration, out / "quantized")
+        graphs = {
+            d: _stage(f"lower {d}", lower, source, out / "graph" / d, dtype=d)
+            for d in dict.fromkeys(target.dtype for target in targets)
+        }
+        engines = {
+            t.backend: _stage(
+                f"build {t.backend}" + (f" for {t.gpu}" if t.gpu else ""), build, graphs[t.dtype], t.backend,
+                out / "engines" / t.backend, gpu=t.gpu,
+            )
+            for t in targets
+        }  # fmt: skip
+        return report(checkpoint, Run(source, graphs, engines), out, seed=seed)
+
+
+def _target(name: str, gpu: str | None, dtype: str | None) -> Target:
+    module = backends.load(name)
+    return Target(name, module.resolve_gpu(gpu), dtype or module.DTYPE)
+
+
+def preflight(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target]) -> None:
+    """Refuses now what a later stage would refuse after minutes or hours."""
+    kinds = {path: spec.kinds for path, spec in layer_specs(checkpoint, recipe).items()}
+    for target in targets:
+        backends.load(target.backend).check(kinds, target.gpu)
+
+
+def _stage(title: str, stage, *args, **kwargs) -> Artifact:  # type: ignore[no-untyped-def]  # each stage's own
+    started = time.time()
+    made: Artifact = stage(*args, **kwargs)
+    fresh = (made.path / artifacts.TIMINGS).stat().st_mtime >= started
+    progress.note(f"{title}: " + (f"{time.time() - started:.1f} s" if fresh else "unchanged, kept"))
+    return made
+
+
+def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int) -> Json:
+    """Validates and writes report.json, timings.json and samples.png, unless they are there for the same inputs."""
+    made_from = {"quantized": run.quantized.digest} | {
+        f"engine {name}": engine.digest for name, engine in sorted(run.engines.items())
+    }
+    settings = {"seed": seed, **versions("torch", "diffusers")}
+    if (kept := _kept(out, made_from, settings)) is not None:
+        progress.note("validate: unchanged, kept")
+        return kept
+    started = time.monotonic()
+    content = validate(checkpoint, run, out, seed=seed)
+    content |= {"made_from": made_from, "settings": settings, "samples": digest_file(out / PICTURE)}
+    content["throughput"] = bench.throughput(bench.targets_of(out))
+    progress.note(f"validate: {time.monotonic() - started:.1f} s")
+    artifacts.write_json(out / REPORT, content)
+    artifacts.write_json(out / artifacts.TIMINGS, _timings(run, content, time.monotonic() - started))
+    return content
+
+
+def _kept(out: Path, made_from: Mapping[str, str], settings: Json) -> Json | None:
+    if not (out / REPORT).is_file() or not (out / PICTURE).is_file():
+        return None
+    found = artifacts.read_json(out / REPORT)
+    same = found.get("made_from") == made_from and found.get("settings") == settings
+    return found if same and found.get("samples") == digest_file(out / PICTURE) else None
+
+
+def _timings(run: Run, content: Json, validate_seconds: float) -> Json:
+    made = {"quantized": run.quantized}
+    made |= {f"graph {name}": graph for name, graph in run.graphs.items()}
+    made |= {f"engine {name}": engine for name, engine in run.engines.items()}
+    stages = {name: artifacts.read_json(artifact.path / artifacts.TIMINGS) for name, artifact in made.items()}
+    return {"stages": {**stages, "validate": {"seconds": validate_seconds}}, "throughput": content["throughput"]}
+
+
+def open_run(out: Path) -> tuple[Checkpoint, Run]:
+    """Opens what `run` left in a folder."""
+    if not (out / "quantized").is_dir():
+        raise UserError(f"{out}: holds no run (no quantized/)", fix="give the --out of an export-engine run")
+    source = artifacts.open_artifact(out / "quantized", "quantized")
+    graphs = {d: artifacts.open_artifact(out / "graph" / d, "graph") for d in DTYPES if (out / "graph" / d).is_dir()}
+    folders = sorted((out / "engines").glob("*")) if (out / "engines").is_dir() else []
+    engines = {f.name: artifacts.open_artifact(f, "engine") for f in folders if f.name in backends.names()}
+    return checkpoint_of(source), Run(source, graphs, engines)
+
+
+def checkpoint_of(source: Artifact) -> Checkpoint:
+    """Opens the checkpoint a Quantized artifact was made of, and makes sure it is still the same."""
+    model = source.info["model"]
+    found = open_checkpoint(model["name"], seed=model["weights_seed"] or 0, steps=source.info["sampler"]["steps"])
+    if found.digest != source.manifest["made_from"]["model"]:
+        raise UserError(
+            f"model {model['name']!r} changed since {source.path} was made from it",
+            fix="run again, so that engines and reference are of the same model",
+        )
+    return found
+
+
+def locked(out: Path):  # type: ignore[no-untyped-def]  # a FileLock; the library is imported late
+    """Returns a lock on `out`, so that two runs never write into one folder."""
+    from filelock import FileLock, Timeout
+
+    with artifacts.writing_errors(out):
+        artifacts.refuse_beneath_file(out)
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{out}: another run is writing here", fix="wait for it, or choose another --out") from error
+    return lock
