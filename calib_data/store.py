@@ -35,7 +35,7 @@ def shard_name(number: int) -> str:
 
 
 class CalibrationSet:
-    """Records of a calibration artifact; one record is the feeds of one denoising call, `step` and `timestep` among them."""
+    """Records of a calibration artifact: the feeds of one denoising call each, `step` and `timestep` among them."""
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact

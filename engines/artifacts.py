@@ -122,9 +122,13 @@ def read_json(path: Path) -> Json:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file", fix="check the path, or make the artifact again") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})", fix="restore the file or make the artifact again") from error
+        raise UserError(
+            f"{path}: not valid JSON ({error})", fix="restore the file or make the artifact again"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", fix="check the path and its permissions") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror})", fix="check the path and its permissions"
+        ) from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not an object", fix="make the artifact again")
     return value

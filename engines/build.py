@@ -13,7 +13,7 @@ from pathlib import Path
 from engines import artifacts, backends
 from engines.artifacts import Artifact, Request
 from engines.errors import UserError
-from engines.version import __version__
+from engines.version import code_version
 
 FAULT = 2  # the worker's exit code for a fault of the user's, told as JSON on its last line
 
@@ -23,7 +23,7 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None) -
     module = backends.load(backend)
     target = module.resolve_gpu(gpu)
     module.check(graph.info["layers"], target)
-    versions = {"export_engine": __version__, **module.fingerprint()}
+    versions = {"export_engine": code_version(), **module.fingerprint()}
     request = Request("engine", {"graph": graph.digest}, {"backend": backend, "gpu": target}, versions)
     if (made := artifacts.current(out, request)) is not None:
         return made
@@ -69,8 +69,8 @@ def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None) ->
 
 
 def _die_with_parent() -> None:
-    # stdin is a pipe that only the parent holds open: it ends when the parent does, even by kill -9, and so must its worker,
-    # or it would go on writing into a folder that the next run is using.
+    # stdin is a pipe that only the parent holds open: it ends when the parent does, even by kill -9. So must the
+    # worker, or it would go on writing into a folder that the next run is using.
     def wait() -> None:
         sys.stdin.buffer.read()
         os._exit(1)

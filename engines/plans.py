@@ -31,7 +31,10 @@ class PlanRow:
 
 
 def from_json(rows: Iterable[dict[str, Any]]) -> list[PlanRow]:
-    return [PlanRow(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows]
+    frozen: list[dict[str, Any]] = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows
+    ]
+    return [PlanRow(**row) for row in frozen]
 
 
 def tensor_bytes(dimensions: Iterable[int], dtype: str) -> int:

@@ -1,3 +1,21 @@
 """The version of export-engine, part of every artifact's request."""
 
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+
+@cache
+def code_version() -> str:
+    """Returns the version and a digest of the program's own source, so that changed code never serves old artifacts."""
+    root = Path(__file__).parent.parent
+    sources = sorted(file for name in ("engines", "exporter", "calib_data") for file in (root / name).rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in sources:
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
+        digest.update(file.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Throughput: each runner in a process of its own, timed in turn in one run, so that ratios hold when the machine drifts."""
+"""Throughput: each runner in a process of its own, timed in turn, so that ratios hold while the machine drifts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def open_target(target: str, threads: int) -> tuple[Runner, list[Json]]:
         from engines.backends import ort
 
         graph = artifacts.open_artifact(folder, "graph")
-        return ort.OrtRunner(ort.open_session(graph.file("model.onnx"), graph.info, threads=threads)), graph.info["inputs"]
+        return ort.OrtRunner(ort.open_session(graph.file("model.onnx"), graph.info, threads=threads)), graph.info[
+            "inputs"
+        ]
     return _torch_target(kind, folder, threads)
 
 
@@ -97,7 +99,9 @@ def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, list[J
     checkpoint = checkpoint_of(source)
     model = checkpoint.load() if kind == "float" else quantized.load(source)
     specs = checkpoint.family.inputs(checkpoint.config)
-    inputs = [{"name": s.name, "dtype": "fp32" if s.dtype == "float" else s.dtype, "shape": list(s.shape)} for s in specs]
+    inputs = [
+        {"name": s.name, "dtype": "fp32" if s.dtype == "float" else s.dtype, "shape": list(s.shape)} for s in specs
+    ]
     return TorchRunner(kind, model, checkpoint.family), inputs
 
 
@@ -118,6 +122,7 @@ class _Worker:
     """A process that holds one runner and times it when told to."""
 
     def __init__(self, target: str, batch: int, threads: int) -> None:
+        self._target = target
         command = [sys.executable, "-m", "exporter.bench", target, str(batch), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._ask("")  # warmed up
@@ -129,7 +134,7 @@ class _Worker:
             self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"a timing process ended with {self._process.wait()}: {self._process.args}")
+            raise RuntimeError(f"a timing process ended with {self._process.wait()}: {self._target}")
         return json.loads(answer)
 
     def turn(self) -> list[float]:

@@ -80,7 +80,8 @@ class Checkpoint:
         parameters = dict(model.named_parameters())
         if missing := sorted(parameters.keys() - self.weights.names()):
             raise UserError(
-                f"{self.folder}: its weights lack {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)),
+                f"{self.folder}: its weights lack {missing[0]!r}"
+                + (f" and {len(missing) - 1} more" * (len(missing) > 1)),
                 fix="config.json and the weights are of different models: copy both again",
             )
         for name, parameter in parameters.items():
@@ -99,10 +100,10 @@ def parameters_on_meta() -> Iterator[None]:
     """Lets modules be built without memory for parameters; buffers, which no checkpoint may hold, stay real."""
     original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        original(module, name, parameter)
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        original(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:

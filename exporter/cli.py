@@ -68,9 +68,7 @@ def run(
     if dtype is not None:
         check_dtype(dtype)
     opened = _checkpoint(model, steps, seed)
-    report = runs.run(
-        opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, seed=seed
-    )
+    report = runs.run(opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, seed=seed)
     _report(report, as_json, out)
 
 

@@ -17,6 +17,7 @@ from engines.backends import ort
 from exporter import quantized
 from exporter.formats import Format
 from exporter.metrics import sqnr_db
+from exporter.modules import QuantizedLayer
 from exporter.quantize import reference_feeds, reference_steps
 from exporter.runners import TorchRunner
 from exporter.validate import Run, finite
@@ -54,9 +55,7 @@ def record_inputs(
     return inputs
 
 
-def compare_layer(
-    graph: Artifact, path: str, layer: quantized.QuantizedLayer, inputs: Sequence[torch.Tensor]
-) -> Json:
+def compare_layer(graph: Artifact, path: str, layer: QuantizedLayer, inputs: Sequence[torch.Tensor]) -> Json:
     """Runs one layer's nodes in ONNX Runtime and its module in PyTorch."""
     dtype = np.float16 if graph.info["dtype"] == "fp16" else np.float32
     run_output = ort.OrtRunner(ort.open_session(layer_model(graph, path, codes=False), graph.info))
@@ -76,7 +75,7 @@ def compare_layer(
     return {"layer": path, "sqnr_db": value, "codes_different": share, "codes": total}
 
 
-def expected_codes(layer: quantized.QuantizedLayer, fmt: Format, x: torch.Tensor) -> np.ndarray[Any, Any]:
+def expected_codes(layer: QuantizedLayer, fmt: Format, x: torch.Tensor) -> np.ndarray[Any, Any]:
     return fmt.encode(x / layer.activation_scale).view(torch.uint8).numpy().ravel()
 
 
@@ -93,9 +92,7 @@ def layer_model(graph: Artifact, path: str, *, codes: bool) -> bytes:
     return _cut(model, nodes if not codes else quantizers, entries[0], exit_, graph.info["dtype"], path)
 
 
-def _cut(
-    model: ir.Model, nodes: Sequence[ir.Node], entry: ir.Value, exit_: ir.Value, dtype: str, path: str
-) -> bytes:
+def _cut(model: ir.Model, nodes: Sequence[ir.Node], entry: ir.Value, exit_: ir.Value, dtype: str, path: str) -> bytes:
     protos = [ir.to_proto(node) for node in nodes]
     weights = {v.name: v.const_value for n in nodes for v in n.inputs if v is not None and v.is_initializer()}
     for proto in protos:
@@ -104,16 +101,23 @@ def _cut(
     float_type = onnx.TensorProto.FLOAT16 if dtype == "fp16" else onnx.TensorProto.FLOAT
     zero = next((n.inputs[2] for n in nodes if n.op_type == "QuantizeLinear"), None)
     code_type = zero.dtype.value if zero is not None and zero.dtype is not None else float_type
-    initializers = [ir.to_proto(ir.Tensor(t.numpy(), dtype=t.dtype, name=n)) for n, t in weights.items() if t is not None]
+    initializers = [
+        ir.to_proto(ir.Tensor(t.numpy(), dtype=t.dtype, name=n)) for n, t in weights.items() if t is not None
+    ]
     graph = onnx.helper.make_graph(
         protos,
         path,
         [onnx.helper.make_tensor_value_info("x", float_type, None)],
-        [onnx.helper.make_tensor_value_info("y", code_type if exit_ is not nodes[-1].outputs[0] or len(nodes) == 1 else float_type, None)],
+        [
+            onnx.helper.make_tensor_value_info(
+                "y", code_type if exit_ is not nodes[-1].outputs[0] or len(nodes) == 1 else float_type, None
+            )
+        ],
         initializers,
     )
     opsets = [onnx.helper.make_opsetid("", model.opset_imports[""])]
-    return onnx.helper.make_model(graph, ir_version=model.ir_version, opset_imports=opsets).SerializeToString()
+    made = onnx.helper.make_model(graph, ir_version=model.ir_version, opset_imports=opsets)
+    return bytes(made.SerializeToString())
 
 
 def print_layers(rows: Sequence[Json]) -> None:

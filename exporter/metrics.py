@@ -68,7 +68,9 @@ def load_task_net(path: Path) -> TaskNet:
     try:
         net.load_state_dict(load_file(path))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: not the weights of a task network ({error})", fix="restore the shipped file") from error
+        raise UserError(
+            f"{path}: not the weights of a task network ({error})", fix="restore the shipped file"
+        ) from error
     return net.eval()
 
 

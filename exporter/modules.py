@@ -13,9 +13,12 @@ from torch.nn import functional as F
 
 from engines.errors import UserError
 from exporter import formats
-from exporter.formats import Format, Granularity, QuantizedTensor, fake_quantize
+from exporter.formats import Format
 from exporter.ops import qdq
+from exporter.tensors import Granularity, QuantizedTensor, fake_quantize
 
+ZERO_POINTS = ("weight_zero_point", "activation_zero_point")  # always zero: graphs need them, files do not
+FloatLayer = nn.Linear | nn.Conv2d
 FLOAT_LAYERS = (nn.Linear, nn.Conv2d)  # what a recipe's rules range over
 
 
@@ -53,9 +56,8 @@ class LayerSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> LayerSpec:
-        load = lambda f: formats.load(f["format"], {k: v for k, v in f.items() if k != "format"}, where)  # noqa: E731
-        activation = load(value["activation"]) if value["activation"] else None
-        return cls(load(value["weight"]), value["granularity"], value["block_size"], activation)
+        activation = _format(value["activation"], where) if value["activation"] else None
+        return cls(_format(value["weight"], where), value["granularity"], value["block_size"], activation)
 
     @property
     def kinds(self) -> dict[str, str | None]:
@@ -65,6 +67,10 @@ class LayerSpec:
 
 def _format_json(fmt: Format) -> dict[str, Any]:
     return {"format": type(fmt).__module__.rpartition(".")[2], **vars_of(fmt)}
+
+
+def _format(value: Mapping[str, Any], where: str) -> Format:
+    return formats.load(value["format"], {k: v for k, v in value.items() if k != "format"}, where)
 
 
 def vars_of(fmt: Format) -> dict[str, Any]:
@@ -83,16 +89,20 @@ class QuantizedLayer(nn.Module):
     activation_scale: torch.Tensor
     activation_zero_point: torch.Tensor
 
-    def __init__(self, source: nn.Module, spec: LayerSpec) -> None:
+    def __init__(self, source: FloatLayer, spec: LayerSpec) -> None:
         """Takes geometry and bias from the float layer, not its weight: codes and scales are set or loaded after."""
         super().__init__()
         self.spec = spec
         self.conv = _conv_arguments(source) if isinstance(source, nn.Conv2d) else None
-        self.weight_shape = tuple(source.weight.shape)  # type: ignore[union-attr, arg-type]
+        self.weight_shape = tuple(source.weight.shape)
         self.bias = source.bias
         shape = oriented_shape(source, spec)
         self.register_buffer("weight_codes", torch.empty(shape, dtype=spec.weight.carrier))
         self.register_buffer("weight_scale", torch.empty(self._scale_shape(shape)))
+        if spec.weight.onnx_type == "INT8":
+            # ONNX Runtime's AVX2 path turns int8 weights into uint8 and fails where their zero point is left out.
+            zeros = torch.zeros(self._scale_shape(shape), dtype=torch.int8)
+            self.register_buffer("weight_zero_point", zeros, persistent=False)
         if spec.activation:
             self.register_buffer("activation_scale", torch.empty(()))
             zero = torch.zeros((), dtype=spec.activation.carrier)
@@ -134,12 +144,13 @@ class QuantizedLayer(nn.Module):
         return fake_quantize(x, self.activation_scale, fmt)
 
     def _traced_weight(self) -> torch.Tensor:
-        return qdq.dequantize(self.weight_codes, self.weight_scale, self.axis, self.spec.block_size)
+        zero_point = self._buffers.get("weight_zero_point")
+        return qdq.dequantize(self.weight_codes, self.weight_scale, zero_point, self.axis, self.spec.block_size)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLayer:
         # .half() and .double() convert every floating-point buffer, and float8 counts as one: codes are not numbers.
-        codes = {n: self._buffers[n] for n in ("weight_codes", "activation_zero_point") if n in self._buffers}
-        super()._apply(fn, recurse)
+        codes = {n: self._buffers[n] for n in ("weight_codes", *ZERO_POINTS) if n in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers |= codes
         return self
 
@@ -151,23 +162,23 @@ def _conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
 
 
-def oriented_shape(layer: nn.Module, spec: LayerSpec) -> tuple[int, ...]:
+def oriented_shape(layer: FloatLayer, spec: LayerSpec) -> tuple[int, ...]:
     """Returns the shape the codes lie in."""
-    shape = tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
+    shape = tuple(layer.weight.shape)
     if isinstance(layer, nn.Conv2d):
         return (shape[0], shape[1] * shape[2] * shape[3]) if spec.granularity == "block" else shape
     return shape[::-1]
 
 
-def oriented(layer: nn.Module, spec: LayerSpec) -> torch.Tensor:
+def oriented(layer: FloatLayer, spec: LayerSpec) -> torch.Tensor:
     """Returns the float weight in the orientation of the codes."""
-    weight: torch.Tensor = layer.weight.detach()  # type: ignore[union-attr, assignment]
+    weight: torch.Tensor = layer.weight.detach()
     if isinstance(layer, nn.Conv2d):
         return weight.flatten(1) if spec.granularity == "block" else weight
     return weight.T
 
 
-def check_fits(path: str, layer: nn.Module, spec: LayerSpec) -> None:
+def check_fits(path: str, layer: FloatLayer, spec: LayerSpec) -> None:
     """Raises a UserError if the layer's width is not a multiple of the block size."""
     if spec.granularity != "block":
         return
@@ -181,12 +192,19 @@ def check_fits(path: str, layer: nn.Module, spec: LayerSpec) -> None:
         )
 
 
+def float_layer(model: nn.Module, path: str) -> FloatLayer:
+    """Returns the layer at `path`, which must be one that recipes range over."""
+    layer = model.get_submodule(path)
+    assert isinstance(layer, FLOAT_LAYERS), path
+    return layer
+
+
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` at `path`; through _modules, since a name like to_out.0 lies in a ModuleList."""
     owner, _, leaf = path.rpartition(".")
     model.get_submodule(owner)._modules[leaf] = module
 
 
-def float_layers(model: nn.Module) -> dict[str, nn.Module]:
+def float_layers(model: nn.Module) -> dict[str, FloatLayer]:
     """Returns the layers a recipe may quantize, by path, in the model's own order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, FLOAT_LAYERS)}

@@ -67,7 +67,9 @@ class Histogram:
             self.top = need
             self.counts[0] += self.zeros
         while self.top < need:
-            self.counts = torch.cat([self.counts.reshape(-1, 2).sum(dim=1), torch.zeros(BINS // 2, dtype=torch.float64)])
+            self.counts = torch.cat(
+                [self.counts.reshape(-1, 2).sum(dim=1), torch.zeros(BINS // 2, dtype=torch.float64)]
+            )
             self.top *= 2.0
 
     @property

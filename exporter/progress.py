@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:  # rich is imported late: --help must stay fast
+    from rich.console import Console
 
 T = TypeVar("T")
 
@@ -14,15 +17,22 @@ def note(text: str) -> None:
 
 
 def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Yields the items under a progress bar with the time left; where stderr is no terminal, prints a line at the end."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    """Yields the items under a progress bar with the time left; without a terminal, one line at the end."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description:>28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=_console()) as progress:
         yield from progress.track(items, total=total, description=what)
 
 
-def _console():  # type: ignore[no-untyped-def]  # rich is imported late: --help must stay fast
+def _console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)

@@ -16,11 +16,20 @@ from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError
 from exporter import methods, observers, progress, quantized
 from exporter.checkpoint import Checkpoint
-from exporter.formats import scale_for
 from exporter.models import Family
-from exporter.modules import LayerSpec, QuantizedLayer, StepContext, check_fits, float_layers, oriented, replace
+from exporter.modules import (
+    LayerSpec,
+    QuantizedLayer,
+    StepContext,
+    check_fits,
+    float_layer,
+    float_layers,
+    oriented,
+    replace,
+)
 from exporter.recipe import Recipe, Rule
 from exporter.runners import TorchRunner
+from exporter.tensors import scale_for
 from exporter.versions import versions
 
 REFERENCE_STEPS = 5  # first and last included
@@ -147,7 +156,7 @@ def _replace(
 ) -> None:
     """Swaps float layers for quantized ones, one at a time, so that the float weights go as the codes come."""
     for path, spec in progress.track(specs.items(), len(specs), "quantizing (layers)"):
-        source = model.get_submodule(path)
+        source = float_layer(model, path)
         rule = rules[path]
         assert rule.method is not None
         layer = QuantizedLayer(source, spec)
@@ -193,8 +202,12 @@ def _add_outputs(reference: Reference, what: str, runner: TorchRunner) -> None:
 
 def _add_quantized_outputs(reference: Reference, model: nn.Module, family: Family) -> None:
     """Adds the quantized model's outputs in fp32, and in fp64 and fp16, whose distances are the rounding floors."""
-    for what, dtype in (("quantized", torch.float32), ("quantized_fp64", torch.float64), ("quantized_fp16", torch.float16)):
-        model.to(dtype)
+    for what, dtype in (
+        ("quantized", torch.float32),
+        ("quantized_fp64", torch.float64),
+        ("quantized_fp16", torch.float16),
+    ):
+        nn.Module.to(model, dtype)  # diffusers' own .to() warns that it may keep modules in fp32; none is here
         _add_outputs(reference, what, TorchRunner(what, model, family, dtype=dtype, steps=StepContext()))
 
 

@@ -14,9 +14,9 @@ from calib_data.tensors import save_tensors
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError
 from exporter.checkpoint import parameters_on_meta, set_parameter
-from exporter.formats import pack_int4, unpack_int4
 from exporter.models import Family, family_of
-from exporter.modules import LayerSpec, QuantizedLayer, replace
+from exporter.modules import ZERO_POINTS, LayerSpec, QuantizedLayer, float_layer, replace
+from exporter.tensors import pack_int4, unpack_int4
 
 SHARD_BYTES = 512 << 20  # what one file holds, and so what is in memory while it is written
 REFERENCE = "reference.safetensors"
@@ -35,7 +35,7 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     layers = quantized_layers(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
-        if leaf == "activation_zero_point":
+        if leaf in ZERO_POINTS:
             continue
         layer = layers.get(owner)
         if layer is not None and leaf == "weight_codes":
@@ -102,7 +102,7 @@ def skeleton(artifact: Artifact) -> nn.Module:
     with parameters_on_meta():
         model = family(artifact).build(artifact.info["model"]["config"]).eval()
     for path, spec in specs(artifact).items():
-        replace(model, path, QuantizedLayer(model.get_submodule(path), spec))
+        replace(model, path, QuantizedLayer(float_layer(model, path), spec))
     return model
 
 
@@ -114,7 +114,7 @@ def load(artifact: Artifact) -> nn.Module:
         set_parameter(model, name, stored.raw(name).to(torch.float32).reshape(parameter.shape))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
-        if leaf != "activation_zero_point":
+        if leaf not in ZERO_POINTS:
             model.get_submodule(owner)._buffers[leaf] = _restored(stored.raw(name), buffer, layers.get(owner), leaf)
     return model.requires_grad_(False)
 

@@ -12,12 +12,13 @@ from typing import Any, Literal, cast
 from engines.artifacts import digest_json
 from engines.errors import UserError, unknown
 from exporter import formats, methods, observers
-from exporter.formats import GRANULARITIES, Format, Granularity
+from exporter.formats import Format
+from exporter.tensors import GRANULARITIES, Granularity
 
 FOLDER = Path(__file__).parent / "recipes"
 MAX_RECIPE_BYTES = 1 << 20
 SCOPES = ("all", "blocks", "outside_blocks")
-_FORMAT_KEYS = {"bits", "exponent_bits", "mantissa_bits"}
+_FORMAT_KEYS = ("bits", "exponent_bits", "mantissa_bits")
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,8 @@ def _activation(table: Any, where: str) -> ActivationSpec:
 
 
 def _format(table: Mapping[str, Any], where: str) -> Format:
-    return formats.load(str(table.get("format", "")), {k: table[k] for k in _FORMAT_KEYS if k in table}, where)
+    options = {key: _integer(table, key, where, default=0, least=0) for key in _FORMAT_KEYS if key in table}
+    return formats.load(str(table.get("format", "")), options, where)
 
 
 def _method(table: Any, where: str) -> MethodSpec:

@@ -8,8 +8,7 @@ from statistics import median
 
 import torch
 
-from engines.artifacts import Json
-from engines.artifacts import writing_errors
+from engines.artifacts import Json, writing_errors
 
 PICTURES = 20  # columns of samples.png
 
@@ -26,7 +25,12 @@ def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: 
     for row, (label, images, gain) in enumerate(rows):
         for column in range(count):
             axis = axes[row][column]
-            axis.imshow(images[column, 0].clamp(-1, 1) if gain == 1 else (gain * images[column, 0]).clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
+            axis.imshow(
+                images[column, 0].clamp(-1, 1) if gain == 1 else (gain * images[column, 0]).clamp(-1, 1),
+                cmap="gray",
+                vmin=-1,
+                vmax=1,
+            )
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
@@ -43,13 +47,18 @@ def print_report(report: Json) -> None:
     weights, model = report["weights"], report["model"]
     ratio = weights["bytes"] / model["float_weight_bytes"]
     console.print(
-        f"\n[bold]{model['name']}[/] · recipe [bold]{report['recipe']['name']}[/] · {model['parameters']:,} parameters · "
+        f"\n[bold]{model['name']}[/] · recipe [bold]{report['recipe']['name']}[/] · "
+        f"{model['parameters']:,} parameters · "
         f"{weights['quantized_layers']} layers quantized, {weights['kept_layers']} kept · "
         f"{_mb(weights['bytes'])} MB, {ratio:.2f} × fp16",
         highlight=False,
     )
-    table = Table("engine", "type", "GPU", "weights MB", "file MB", "lowering dB", "floor dB", "ms p50", "ms p95", "× PyTorch")
-    speed = {row["runner"]: row for row in report.get("throughput", []) if row["batch"] == report["throughput"][0]["batch"]}
+    table = Table(
+        "engine", "type", "GPU", "weights MB", "file MB", "lowering dB", "floor dB", "ms p50", "ms p95", "× PyTorch"
+    )
+    speed = {
+        row["runner"]: row for row in report.get("throughput", []) if row["batch"] == report["throughput"][0]["batch"]
+    }
     base = speed.get("float", {}).get("ms_p50")
     for name in ("float", "quantized"):
         if name in speed:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engines import artifacts, backends
 from engines.artifacts import Artifact, Json, digest_file
@@ -78,9 +80,9 @@ def preflight(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target])
         backends.load(target.backend).check(kinds, target.gpu)
 
 
-def _stage(title: str, stage, *args, **kwargs) -> Artifact:  # type: ignore[no-untyped-def]  # each stage's own
+def _stage(title: str, stage: Callable[..., Artifact], *args: Any, **kwargs: Any) -> Artifact:
     started = time.time()
-    made: Artifact = stage(*args, **kwargs)
+    made = stage(*args, **kwargs)
     fresh = (made.path / artifacts.TIMINGS).stat().st_mtime >= started
     progress.note(f"{title}: " + (f"{time.time() - started:.1f} s" if fresh else "unchanged, kept"))
     return made
@@ -144,7 +146,7 @@ def checkpoint_of(source: Artifact) -> Checkpoint:
     return found
 
 
-def locked(out: Path):  # type: ignore[no-untyped-def]  # a FileLock; the library is imported late
+def locked(out: Path) -> contextlib.AbstractContextManager[Any]:
     """Returns a lock on `out`, so that two runs never write into one folder."""
     from filelock import FileLock, Timeout
 
@@ -155,5 +157,7 @@ def locked(out: Path):  # type: ignore[no-untyped-def]  # a FileLock; the librar
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise UserError(f"{out}: another run is writing here", fix="wait for it, or choose another --out") from error
+            raise UserError(
+                f"{out}: another run is writing here", fix="wait for it, or choose another --out"
+            ) from error
     return lock

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -51,7 +48,9 @@ def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -
     trajectories, images = judge_images(checkpoint, pytorch, ours, folder, seed)
     report = {
         "schema_version": 1,
-        "model": {key: run.quantized.info["model"][key] for key in ("name", "class", "parameters", "float_weight_bytes")},
+        "model": {
+            key: run.quantized.info["model"][key] for key in ("name", "class", "parameters", "float_weight_bytes")
+        },
         "recipe": run.quantized.info["recipe"],
         "weights": run.quantized.info["weights"],
         "engines": [engine_row(name, engine, folder, refusals) for name, engine in run.engines.items()],
@@ -212,7 +211,9 @@ def checks(report: Json, run: Run) -> list[Json]:
     ]
     for row in report["engines"]:
         graph = run.graphs[row["dtype"]].info["weight_bytes"]
-        found.append(check(f"weights of {row['backend']} beyond the graph's", row["weight_bytes"] / graph - 1, "", 0.03))
+        found.append(
+            check(f"weights of {row['backend']} beyond the graph's", row["weight_bytes"] / graph - 1, "", 0.03)
+        )
     if score := report["accuracy"]["images"]["task_score"]:
         found.append(check("class accuracy lost", score["float"] - score["quantized"], "", ACCURACY_MARGIN))
     return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from engines.version import __version__
+from engines.version import code_version
 
 
 def versions(*libraries: str) -> dict[str, str]:
-    return {"export_engine": __version__, **{name: version(name) for name in libraries}}
+    return {"export_engine": code_version(), **{name: version(name) for name in libraries}}

@@ -47,7 +47,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
             raise broken(f"{size} bytes are too few for its header of {length} bytes")
         try:
-            header = json.loads(file.read(length))
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise broken(f"its header is not JSON ({error})") from error
     header.pop("__metadata__", None)
@@ -76,7 +76,9 @@ class SafetensorsWeights:
         self._headers = {file: read_header(file) for file in files}
         for name, file in self._files.items():
             if name not in self._headers[file]:
-                raise UserError(f"{file}: lacks tensor {name!r}, which the index puts there", fix="copy the model again")
+                raise UserError(
+                    f"{file}: lacks tensor {name!r}, which the index puts there", fix="copy the model again"
+                )
         self.digest = digest_json([[file.name, digest_file(file)] for file in files])
 
     def _find(self) -> dict[str, str]:
@@ -87,7 +89,9 @@ class SafetensorsWeights:
                 if not isinstance(table, dict):
                     raise UserError(f"{index}: has no weight_map", fix="copy the model again")
                 if missing := [f for f in sorted(set(table.values())) if not inside(self.folder, f).is_file()]:
-                    raise UserError(f"{self.folder}: lacks {missing[0]}", fix="copy the model again, with all its shards")
+                    raise UserError(
+                        f"{self.folder}: lacks {missing[0]}", fix="copy the model again, with all its shards"
+                    )
                 return table
             if (file := self.folder / f"{stem}.safetensors").is_file():
                 return dict.fromkeys(read_header(file), file.name)

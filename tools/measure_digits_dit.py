@@ -1,6 +1,6 @@
 """Prints the quality of `digits-dit`: class accuracy, Fréchet distance and recall against the real digits.
 
-    python tools/measure_digits_dit.py            1,000 samples, 100 per class, seed 1
+python tools/measure_digits_dit.py            1,000 samples, 100 per class, seed 1
 """
 
 import json

@@ -2,7 +2,8 @@
 
     python tools/train_digits_task_net.py --out calib_data/models/digits-dit/features.safetensors
 
-Trained on the four fifths of scikit-learn's digits that `train_digits_dit.py` trains on; prints its accuracy on the rest.
+Trained on the four fifths of scikit-learn's digits that `train_digits_dit.py` trains on; prints its accuracy on the
+rest.
 """
 
 from pathlib import Path
@@ -37,7 +38,10 @@ def main(out: Path, epochs: int, seed: int) -> None:
             click.echo(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f}")
     net.eval()
     save_file(net.state_dict(), out)
-    click.echo(f"accuracy: training {class_accuracy(net, images, labels):.4f}, held out {class_accuracy(net, held, held_labels):.4f}")
+    click.echo(
+        f"accuracy: training {class_accuracy(net, images, labels):.4f}, "
+        f"held out {class_accuracy(net, held, held_labels):.4f}"
+    )
 
 
 if __name__ == "__main__":

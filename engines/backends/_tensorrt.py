@@ -114,7 +114,9 @@ def read_plan(lines: Sequence[str]) -> list[PlanRow]:
 def _row(line: str, counted: set[str]) -> PlanRow:
     match = _LAYER.match(line)
     if match is None:
-        raise UserError(f"a layer of the plan cannot be read: {line[:200]}", fix="use the tested version (constraints.txt)")
+        raise UserError(
+            f"a layer of the plan cannot be read: {line[:200]}", fix="use the tested version (constraints.txt)"
+        )
     inputs, constants, outputs = (_TENSOR.findall(match[part]) for part in ("inputs", "constants", "outputs"))
     fresh = [c for c in constants if c[0] not in counted]
     counted.update(c[0] for c in fresh)
@@ -131,7 +133,9 @@ def _row(line: str, counted: set[str]) -> PlanRow:
 
 def _type(name: str) -> str:
     if name not in TYPES:
-        raise UserError(f"the plan names a type {name!r} that is not known", fix="use the tested version (constraints.txt)")
+        raise UserError(
+            f"the plan names a type {name!r} that is not known", fix="use the tested version (constraints.txt)"
+        )
     return TYPES[name]
 
 

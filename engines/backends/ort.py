@@ -112,7 +112,7 @@ def open_session(
             providers=[want] if want.startswith("CPU") else [want, "CPUExecutionProvider"],
             disabled_optimizers=disabled_optimizers(graph),
         )
-    except Exception as error:  # noqa: BLE001  onnxruntime raises types of its own, without a common base
+    except Exception as error:
         raise UserError(
             f"ONNX Runtime cannot open {model if isinstance(model, Path) else 'the graph'}: {error}",
             fix="see the operator it names; `export-engine inspect` on the graph lists its layers",
@@ -161,9 +161,8 @@ def plan(model: Path, graph: Json) -> list[PlanRow]:
 def read_plan(optimized: onnx.ModelProto, source: onnx.ModelProto) -> list[PlanRow]:
     """Returns a row per node; a node stands for those of `source` that made its outputs or used its constants."""
     graph = optimized.graph
+    types = _types(source) | _types(optimized)
     constants = {i.name: (tuple(i.dims), TYPES.get(i.data_type, "other")) for i in graph.initializer}
-    types = {v.name: TYPES.get(v.type.tensor_type.elem_type, "other") for v in (*graph.value_info, *graph.input)}
-    types |= {v.name: TYPES.get(v.type.tensor_type.elem_type, "other") for v in graph.output}
     origin: dict[str, list[str]] = {}
     for node in source.graph.node:
         for value in (*node.input, *node.output):
@@ -188,6 +187,15 @@ def read_plan(optimized: onnx.ModelProto, source: onnx.ModelProto) -> list[PlanR
             )
         )
     return rows
+
+
+def _types(model: onnx.ModelProto) -> dict[str, str]:
+    """Returns the type of every tensor that ONNX's own inference knows; it stops at ONNX Runtime's own ops."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = (*graph.value_info, *graph.input, *graph.output)
+    return {v.name: TYPES.get(v.type.tensor_type.elem_type, "other") for v in values}
 
 
 def _sized(constant: tuple[tuple[int, ...], str]) -> tuple[tuple[int, ...], str]:

@@ -90,7 +90,9 @@ class Format:
         rounded = self.round(x.float())
         magnitude = rounded.abs()
         _, exponent = torch.frexp(magnitude)  # magnitude = f · 2^exponent, f in [0.5, 1)
-        exponent = torch.where(magnitude > 0, exponent - 1 + self.bias, 0).clamp_(min=1)  # subnormals share e = 1's step
+        exponent = torch.where(magnitude > 0, exponent - 1 + self.bias, 0).clamp_(
+            min=1
+        )  # subnormals share e = 1's step
         step = torch.ldexp(torch.ones_like(magnitude), exponent - self.bias - self.mantissa_bits)
         units = (magnitude / step).nan_to_num_(0.0).to(torch.int32)  # the mantissa, with its leading one if normal
         code = units + ((exponent - 1) << self.mantissa_bits)

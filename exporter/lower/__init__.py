@@ -37,7 +37,9 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32") -> Artifact:
     with artifacts.drafting(out, request) as draft:
         graph = _run_passes(trace(source, dtype), source)
         write(graph, draft.path / "model.onnx")
-        shapes = {path: layer.weight_shape for path, layer in quantized.quantized_layers(quantized.skeleton(source)).items()}
+        shapes = {
+            path: layer.weight_shape for path, layer in quantized.quantized_layers(quantized.skeleton(source)).items()
+        }
         found = check_graph(draft.path / "model.onnx", specs, shapes)
         link_or_copy(source.file(quantized.REFERENCE), draft.path / quantized.REFERENCE)
         draft.info = _info(source, dtype, found)
@@ -56,7 +58,9 @@ def _check_lowerable(specs: Mapping[str, LayerSpec]) -> None:
                 f"layer {path!r}: no ONNX type holds its weight format {spec.weight}",
                 fix="use fp with 4/3 or 5/2 exponent/mantissa bits, or int with 2 … 8 bits",
             )
-        if spec.activation and spec.activation.kind not in ("fp8", "int8") or (spec.activation and spec.activation.bits < 8):
+        if (spec.activation and spec.activation.kind not in ("fp8", "int8")) or (
+            spec.activation and spec.activation.bits < 8
+        ):
             raise UserError(
                 f"layer {path!r}: no engine quantizes activations to {spec.activation}",
                 fix="use fp with 4/3 exponent/mantissa bits, or int with 8 bits, for activations",
@@ -69,8 +73,10 @@ def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:
 
     from exporter import quantized
     from exporter.lower.passes.attach_weights import AttachWeights
+    from exporter.lower.passes.attach_zero_points import AttachZeroPoints
     from exporter.lower.passes.fold_constants import FoldConstants
     from exporter.lower.passes.name_after_modules import NameAfterModules
+    from exporter.lower.passes.share_initializers import ShareInitializers
     from exporter.lower.trace import AXES, PREFIX
 
     family = quantized.family(source)
@@ -80,7 +86,8 @@ def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:
         NameAfterModules(PREFIX, inputs, family.OUTPUT, list(AXES)),
         common.RemoveUnusedNodesPass(),
         AttachWeights(quantized.StoredTensors(source), quantized.specs(source)),
-        common.DeduplicateHashedInitializersPass(),
+        ShareInitializers(),
+        AttachZeroPoints(),
         common.ClearMetadataAndDocStringPass(),
     )
     return passes(model).model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -14,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engines.artifacts import Artifact
 from exporter import quantized
+from exporter.lower.passes import quiet
 from exporter.models import Family, InputSpec
-from exporter.modules import QuantizedLayer, replace
+from exporter.modules import QuantizedLayer, float_layer, replace
 
 OPSET, IR_VERSION = 21, 10  # the oldest pair that carries FP8 and INT4: the most runtimes read it
 PREFIX = "model."  # of every name, from the wrapper below; the passes take it off
@@ -43,13 +43,14 @@ def trace(artifact: Artifact, dtype: str) -> ir.Model:
     with _default_dtype(TORCH_TYPES[dtype]), FakeTensorMode(allow_non_fake_inputs=True):
         model = family.build(config).eval()
         for path, spec in quantized.specs(artifact).items():
-            replace(model, path, QuantizedLayer(model.get_submodule(path), spec))
+            replace(model, path, QuantizedLayer(float_layer(model, path), spec))
         inputs = tuple(_example(spec, TORCH_TYPES[dtype]) for spec in specs)
         axes = {name: torch.export.Dim(name, min=a["min"], max=a["max"]) for name, a in AXES.items()}
         shapes = tuple({d: axes[n] for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs)
         call = _Call(model, family, [spec.name for spec in specs])
         program = torch.export.export(call, inputs, dynamic_shapes={"inputs": shapes}, strict=False)
-    with _quiet():
+    with quiet("torch.onnx._internal.exporter._registration"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations, and that torchvision is not there
         exported = torch.onnx.export(program, (), dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     assert exported is not None
     graph = exported.model
@@ -74,17 +75,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the exporter's notes about torchvision, which no graph of ours uses, and its own deprecations."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

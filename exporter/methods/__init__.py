@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from engines.errors import UserError, unknown
-from exporter.formats import QuantizedTensor
 from exporter.models import Fold
+from exporter.tensors import QuantizedTensor
 
 
 class Method(Protocol):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from exporter.formats import QuantizedTensor, absmax, quantize, scale_for
 from exporter.models import Fold
 from exporter.recipe import WeightSpec
+from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for
 
 NEEDS_CHANNEL_ABSMAX = False
 

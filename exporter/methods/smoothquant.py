@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 
 from engines.errors import UserError
-from exporter.formats import QuantizedTensor
 from exporter.methods import rtn
 from exporter.models import Fold
 from exporter.recipe import WeightSpec
+from exporter.tensors import QuantizedTensor
 
 NEEDS_CHANNEL_ABSMAX = True
 FLOOR = 1e-5  # a channel that is silent in calibration still needs a finite factor (the paper's code uses the same)
@@ -37,11 +38,12 @@ def prepare(
     channel_absmax: Mapping[str, torch.Tensor],
     options: Options,
 ) -> list[str]:
-    wanted, changed = set(paths), []
+    wanted = set(paths)
+    changed: list[str] = []
     for fold in folds:
         if not wanted.issuperset(fold.consumers):
             continue  # another rule has one of the consumers: its float input must stay as it is
-        consumers = [model.get_submodule(path) for path in fold.consumers]
+        consumers = [cast(nn.Linear, model.get_submodule(path)) for path in fold.consumers]
         weight_max = torch.stack([c.weight.detach().abs().amax(dim=0) for c in consumers]).amax(dim=0)
         factor = smoothing_factor(channel_absmax[fold.consumers[0]], weight_max, options.alpha)
         with torch.no_grad():

@@ -95,7 +95,7 @@ def family_of(class_name: str, where: str) -> Family:
     known = {}
     for name in families():
         family = cast(Family, importlib.import_module(f"exporter.models.{name}"))
-        if family.CLASS == class_name:
+        if class_name == family.CLASS:
             return family
         known[family.CLASS] = name
     raise UserError(

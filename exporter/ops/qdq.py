@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -12,11 +14,12 @@ def quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.
     return torch.onnx.ops.symbolic("DequantizeLinear", [codes, scale, zero_point], dtype=x.dtype, shape=x.shape)
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, axis: int, block_size: int) -> torch.Tensor:
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, axis: int, block_size: int
+) -> torch.Tensor:
     """Emits DQ of stored codes, per channel along `axis`, or in blocks along it."""
-    attributes: dict[str, int] = {"axis": axis} if scale.ndim else {}
+    attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     if block_size:
         attributes["block_size"] = block_size
-    return torch.onnx.ops.symbolic(
-        "DequantizeLinear", [codes, scale], attributes, dtype=scale.dtype, shape=codes.shape
-    )
+    inputs = [codes, scale] if zero_point is None else [codes, scale, zero_point]
+    return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attributes, dtype=scale.dtype, shape=codes.shape)

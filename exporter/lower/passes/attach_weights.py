@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 import torch
 
 from engines.errors import UserError
-from exporter.modules import LayerSpec
+from exporter.modules import ZERO_POINTS, LayerSpec
 from exporter.quantized import StoredTensors
 
 NUMPY_VIEWS = {torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn, torch.float8_e5m2: ml_dtypes.float8_e5m2}
@@ -26,7 +25,7 @@ class AttachWeights(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for value in model.graph.initializers.values():
-            if value.const_value is None:
+            if value.const_value is None and value.name and not value.name.endswith(ZERO_POINTS):
                 self._attach(value)
         return ir.passes.PassResult(model, modified=True)
 
@@ -34,9 +33,6 @@ class AttachWeights(ir.passes.InPlacePass):
         assert value.name is not None and value.shape is not None and value.dtype is not None
         name, shape = value.name, tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
         owner, _, leaf = name.rpartition(".")
-        if leaf == "activation_zero_point":
-            value.const_value = ir.Tensor(np.zeros(shape, value.dtype.numpy()), dtype=value.dtype, name=name)
-            return
         if name not in self.stored:
             raise UserError(f"the quantized model holds no tensor {name!r}", fix="quantize the model again")
         if leaf == "weight_codes" and owner in self.specs and self.specs[owner].weight.onnx_type == "INT4":
