@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 
 from engines.artifacts import Json, writing_errors
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PICTURES = 20  # columns of samples.png
 
@@ -25,12 +29,7 @@ def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: 
     for row, (label, images, gain) in enumerate(rows):
         for column in range(count):
             axis = axes[row][column]
-            axis.imshow(
-                images[column, 0].clamp(-1, 1) if gain == 1 else (gain * images[column, 0]).clamp(-1, 1),
-                cmap="gray",
-                vmin=-1,
-                vmax=1,
-            )
+            axis.imshow(gain * images[column, 0], cmap="gray", vmin=-1, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
@@ -39,66 +38,71 @@ def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: 
 
 
 def print_report(report: Json) -> None:
-    """Prints the report as tables on stdout."""
+    """Prints the report as a table and a few lines on stdout."""
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console()
+    console = Console(highlight=False)
     weights, model = report["weights"], report["model"]
-    ratio = weights["bytes"] / model["float_weight_bytes"]
     console.print(
-        f"\n[bold]{model['name']}[/] · recipe [bold]{report['recipe']['name']}[/] · "
-        f"{model['parameters']:,} parameters · "
-        f"{weights['quantized_layers']} layers quantized, {weights['kept_layers']} kept · "
-        f"{_mb(weights['bytes'])} MB, {ratio:.2f} × fp16",
-        highlight=False,
+        f"\n[bold]{model['name']}[/], recipe [bold]{report['recipe']['name']}[/]: {model['parameters']:,} parameters, "
+        f"{weights['quantized_layers']} layers quantized, {weights['kept_layers']} kept, {_mb(weights['bytes'])} MB "
+        f"({weights['bytes'] / model['float_weight_bytes']:.2f} × fp16)"
     )
-    table = Table(
-        "engine", "type", "GPU", "weights MB", "file MB", "lowering dB", "floor dB", "ms p50", "ms p95", "× PyTorch"
-    )
-    speed = {
-        row["runner"]: row for row in report.get("throughput", []) if row["batch"] == report["throughput"][0]["batch"]
-    }
-    base = speed.get("float", {}).get("ms_p50")
-    for name in ("float", "quantized"):
-        if name in speed:
-            table.add_row(f"PyTorch {name}", "fp32", "–", "", "", "", "", *_speed(speed[name], base))
-    for engine in report["engines"]:
-        rows = [r for r in report["accuracy"]["lowering"] if r["backend"] == engine["backend"]]
-        timed = _speed(speed[engine["backend"]], base) if engine["backend"] in speed else ("not run here", "", "")
-        table.add_row(
-            engine["backend"], engine["dtype"], engine["gpu"] or "–", _mb(engine["weight_bytes"]), _mb(engine["bytes"]),
-            _db([r["sqnr_db"] for r in rows]), _db([r["floor_db"] for r in rows]), *timed,
-        )  # fmt: skip
-    console.print(table)
-    images = report["accuracy"]["images"]
-    psnr, score = images["psnr_db"], images["task_score"]
-    console.print(
-        f"images ({images['runner']}, n = {images['n']}, same noise as float): "
-        f"PSNR {psnr['mean']:.1f} dB, 95 % [{psnr['ci95'][0]:.1f}, {psnr['ci95'][1]:.1f}]"
-        + (f" · class accuracy {score['quantized']:.3f}, float {score['float']:.3f}" if score else ""),
-        highlight=False,
-    )
+    console.print(_table(report))
+    console.print(_images_line(report["accuracy"]["images"]))
     for check in report["checks"]:
         if not check["passed"]:
             value = "no number" if check["value"] is None else f"{check['value']:.4g}"
             console.print(f"[red]failed[/] {check['name']}: {value} {check['unit']}, limit {check['limit']}")
     passed = sum(check["passed"] for check in report["checks"])
-    console.print(f"checks: {passed} of {len(report['checks'])} passed", highlight=False)
+    console.print(f"checks: {passed} of {len(report['checks'])} passed")
+
+
+def _table(report: Json) -> Table:
+    from rich.table import Table
+
+    rows = report.get("throughput", [])
+    batch = rows[0]["batch"] if rows else 0
+    speed = {row["runner"]: row for row in rows if row["batch"] == batch}
+    base = speed["float"]["ms_p50"] if "float" in speed else None
+    table = Table(title=f"lowering: engine against PyTorch, median over steps; time: one call, batch {batch}")
+    for header in ("runner", "weights", "lowering", "floor", "ms p50", "ms p95", "speed"):
+        table.add_column(header, justify="left" if header == "runner" else "right")
+    for name in ("float", "quantized"):
+        table.add_row(f"PyTorch {name}", "", "", "", *_speed(speed.get(name), base))
+    for engine in report["engines"]:
+        lowering = [r for r in report["accuracy"]["lowering"] if r["backend"] == engine["backend"]]
+        table.add_row(
+            " ".join(filter(None, (engine["backend"], engine["dtype"], engine["gpu"]))),
+            f"{_mb(engine['weight_bytes'])} MB",
+            _median_db([row["sqnr_db"] for row in lowering]) if lowering else "not run",
+            _median_db([row["floor_db"] for row in lowering]) if lowering else "",
+            *_speed(speed.get(engine["backend"]), base),
+        )
+    return table
+
+
+def _images_line(images: Json) -> str:
+    psnr, score = images["psnr_db"], images["task_score"]
+    line = (
+        f"{images['n']} images by {images['runner']} against float, same noise: PSNR {psnr['mean']:.1f} dB "
+        f"(95%: {psnr['ci95'][0]:.1f} … {psnr['ci95'][1]:.1f})"
+    )
+    if score:
+        line += f"; class accuracy {100 * score['quantized']:.1f}%, float {100 * score['float']:.1f}%"
+    return line
 
 
 def _mb(count: float) -> str:
     return f"{count / 1e6:.2f}"
 
 
-def _db(values: Sequence[float | None]) -> str:
-    """The median over steps; an infinite value (equal) is None."""
-    if not values:
-        return ""
-    middle = median(float("inf") if v is None else v for v in values)
-    return f"{middle:.1f}"
+def _median_db(values: Sequence[float | None]) -> str:
+    """Returns the median over steps; None, two equal tensors, counts as infinite."""
+    return f"{median(float('inf') if value is None else value for value in values):.1f} dB"
 
 
-def _speed(row: Json, base: float | None) -> tuple[str, str, str]:
-    ratio = f"{base / row['ms_p50']:.2f}" if base else ""
-    return f"{row['ms_p50']:.1f}", f"{row['ms_p95']:.1f}", ratio
+def _speed(row: Json | None, base: float | None) -> tuple[str, str, str]:
+    if row is None:
+        return "", "", ""
+    return f"{row['ms_p50']:.1f}", f"{row['ms_p95']:.1f}", f"{base / row['ms_p50']:.2f}×" if base else ""

@@ -25,6 +25,10 @@ IMAGES = 200  # judged per report: one image of another class is half a point of
 BATCH = 50
 SEED_OFFSET = 1_000_000  # validation's noise shares no key with calibration's samples 0, 1, …
 FLOOR_MARGIN_DB = 3.0  # how far under the rounding floor an engine may fall: twice the noise power
+# Where nothing rounds to codes the floor is that of one library's order of summation, and another that is as correct
+# may lie some dB below: ONNX Runtime sums the 192 products behind an output of digits-dit one after the other, where
+# torch sums them in lanes, and agrees to 125 … 131 dB under a floor of 127 … 138 dB. Anything above this is agreement.
+FP32_AGREEMENT_DB = 120.0
 ACCURACY_MARGIN = 0.01  # of the float model's class accuracy
 
 
@@ -203,7 +207,7 @@ def checks(report: Json, run: Run) -> list[Json]:
     found = [
         check(
             f"lowering {row['backend']} step {row['step']} under its floor",
-            _under(row["floor_db"], row["sqnr_db"]),
+            _under(row["floor_db"], row["sqnr_db"], row["dtype"]),
             "dB",
             FLOOR_MARGIN_DB,
         )
@@ -230,10 +234,13 @@ def check(name: str, value: float, unit: str, limit: float) -> Json:
     }
 
 
-def _under(floor: float | None, value: float | None) -> float:
+def _under(floor: float | None, value: float | None, dtype: str) -> float:
     if value is None:
         return 0.0  # equal to PyTorch bit for bit: nothing to be under
-    return math.inf if floor is None else floor - value
+    floor = math.inf if floor is None else floor
+    if dtype == "fp32":
+        floor = min(floor, FP32_AGREEMENT_DB + FLOOR_MARGIN_DB)
+    return floor - value
 
 
 def finite(value: float) -> float | None:

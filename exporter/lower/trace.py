@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engines.artifacts import Artifact
 from exporter import quantized
 from exporter.lower.passes import quiet
+from exporter.lower.passes.use_torch_constants import torch_constants
 from exporter.models import Family, InputSpec
 from exporter.modules import QuantizedLayer, float_layer, replace
 
@@ -35,8 +36,11 @@ class _Call(nn.Module):
         return self._family.call(self.model, dict(zip(self._names, inputs, strict=True)))
 
 
-def trace(artifact: Artifact, dtype: str) -> ir.Model:
-    """Returns the graph in `dtype`; its weights have names, types and shapes but no values yet."""
+def trace(artifact: Artifact, dtype: str) -> tuple[ir.Model, dict[str, torch.Tensor]]:
+    """Returns the graph in `dtype`, and by name what it computes from no input.
+
+    Its weights have names, types and shapes but no values yet.
+    """
     family = quantized.family(artifact)
     config = artifact.info["model"]["config"]
     specs = family.inputs(config)
@@ -58,7 +62,7 @@ def trace(artifact: Artifact, dtype: str) -> ir.Model:
     for value in graph.graph.initializers.values():
         if value.name and value.name.startswith(PREFIX):
             value.const_value = None  # fake: the optimizer must not read it
-    return graph
+    return graph, torch_constants(program)
 
 
 def _example(spec: InputSpec, float_type: torch.dtype) -> torch.Tensor:

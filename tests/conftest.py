@@ -1,0 +1,135 @@
+"""What the tests share: the shipped model, a tiny one, and the artifacts of each recipe, made once for all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ("fp8", "int8", "int4")
+TINY = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 10,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+}
+
+
+@pytest.fixture(scope="session")
+def cli():
+    """Runs the command line in a process of its own; returns the finished process."""
+
+    def run(*arguments: object, timeout: float = 600, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "exporter", *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment, check=False, **options
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A diffusers folder with a tiny DiT's config and, as diffusers itself saves them, random weights."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = {key: value for key, value in TINY.items() if not key.startswith("_")}
+    DiTTransformer2DModel(**config).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path):
+    """A recipe file that calibrates on two trajectories only."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        """
+        [calibration]
+        samples = 2
+        [[rule]]
+        layers = "*"
+        scope = "outside_blocks"
+        keep = "float"
+        [[rule]]
+        layers = "*"
+        weight = { format = "int", bits = 8 }
+        activation = { format = "int", bits = 8 }
+        """
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint():
+    from exporter.checkpoint import open_checkpoint
+
+    return open_checkpoint("digits-dit")
+
+
+@pytest.fixture(scope="session")
+def artifacts_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture(scope="session")
+def calibration(checkpoint, artifacts_folder):
+    from exporter.calibrate import calibrate
+
+    return calibrate(checkpoint, artifacts_folder / "calibration", samples=64)
+
+
+@pytest.fixture(scope="session")
+def quantized_of(checkpoint, calibration, artifacts_folder):
+    """Returns the Quantized artifact of a recipe, made when first asked for."""
+    from exporter.quantize import quantize
+    from exporter.recipe import load
+
+    return lambda name: quantize(checkpoint, load(name), calibration, artifacts_folder / name / "quantized")
+
+
+@pytest.fixture(scope="session")
+def graph_of(quantized_of, artifacts_folder):
+    """Returns the graph of a recipe in a float type, made when first asked for."""
+    from exporter.lower import lower
+
+    return lambda name, dtype: lower(quantized_of(name), artifacts_folder / name / "graph" / dtype, dtype=dtype)
+
+
+@pytest.fixture(scope="session")
+def engine_of(graph_of, artifacts_folder):
+    """Returns the engine of a recipe for a backend, in the backend's own float type, made when first asked for."""
+    from engines import backends
+    from engines.build import build
+
+    def get(name: str, backend: str):
+        graph = graph_of(name, backends.load(backend).DTYPE)
+        return build(graph, backend, artifacts_folder / name / "engines" / backend, gpu="sm89")
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def plan_of(engine_of):
+    """Returns an engine's plan rows."""
+    from engines.plans import from_json
+
+    return lambda name, backend: from_json(json.loads(engine_of(name, backend).file("plan.json").read_text()))
