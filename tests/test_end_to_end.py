@@ -12,14 +12,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import RECIPES
+from common import RECIPES
 from safetensors.torch import load_file
 
 from engines.build import build
 from engines.plans import constant_bytes
 from exporter import quantized
 from exporter.layers import compare_layers
-from exporter.validate import FLOOR_MARGIN_DB, Run, lowering_rows, open_runners, validate
+from exporter.validate import FLOOR_MARGIN_DB, FP32_AGREEMENT_DB, Run, lowering_rows, open_runners, validate
 
 STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8", "int4": "INT4"}
 SIZE_LIMIT = {"fp8": 0.60, "int8": 0.60, "int4": 0.42}
@@ -98,7 +98,7 @@ def test_the_plans_constants_sum_to_the_files(recipe, backend, plan_of, graph_of
 def test_ort_runs_int8_matmuls_as_integers(plan_of):
     integer = [row for row in plan_of("int8", "ort") if row.kind == "matmulintegertofloat"]
     assert len(integer) == 54
-    assert {row.input_types[0] for row in integer} == {"int8"}
+    assert {row.input_types[0] for row in integer} <= {"int8", "uint8"}  # uint8 where the CPU has no VNNI
 
 
 @pytest.mark.parametrize("backend", ["ort", "trt-rtx"])
@@ -128,7 +128,9 @@ def test_the_network_agrees_with_pytorch_to_its_rounding_floor_at_every_recorded
     rows = lowering_rows(runners["ort"], run.engines["ort"], reference)
     assert [row["step"] for row in rows] == [0, 6, 12, 18, 24]
     for row in rows:
-        assert row["sqnr_db"] >= row["floor_db"] - FLOOR_MARGIN_DB, row
+        # int4 keeps activations in float: nothing rounds to codes, and only orders of summation differ (validate.py)
+        limit = FP32_AGREEMENT_DB if recipe == "int4" else math.inf
+        assert row["sqnr_db"] >= min(row["floor_db"] - FLOOR_MARGIN_DB, limit), row
     assert "trt-rtx" in runners or "GPU" in refusals["trt-rtx"]
 
 

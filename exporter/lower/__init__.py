@@ -13,7 +13,6 @@ from exporter.versions import versions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
 
     from exporter.modules import LayerSpec
 
@@ -36,7 +35,7 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32") -> Artifact:
     specs = quantized.specs(source)
     _check_lowerable(specs)
     with artifacts.drafting(out, request) as draft:
-        graph = _run_passes(*trace(source, dtype), source)
+        graph = _run_passes(trace(source, dtype), source)
         write(graph, draft.path / "model.onnx")
         shapes = {
             path: layer.weight_shape for path, layer in quantized.quantized_layers(quantized.skeleton(source)).items()
@@ -68,7 +67,7 @@ def _check_lowerable(specs: Mapping[str, LayerSpec]) -> None:
             )
 
 
-def _run_passes(model: ir.Model, constants: Mapping[str, torch.Tensor], source: Artifact) -> ir.Model:
+def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -78,13 +77,11 @@ def _run_passes(model: ir.Model, constants: Mapping[str, torch.Tensor], source: 
     from exporter.lower.passes.fold_constants import FoldConstants
     from exporter.lower.passes.name_after_modules import NameAfterModules
     from exporter.lower.passes.share_initializers import ShareInitializers
-    from exporter.lower.passes.use_torch_constants import UseTorchConstants
     from exporter.lower.trace import AXES, PREFIX
 
     family = quantized.family(source)
     inputs = [spec.name for spec in family.inputs(source.info["model"]["config"])]
     passes = ir.passes.Sequential(
-        UseTorchConstants(constants),
         FoldConstants(),
         NameAfterModules(PREFIX, inputs, family.OUTPUT, list(AXES)),
         common.RemoveUnusedNodesPass(),

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engines.artifacts import Artifact
 from exporter import quantized
 from exporter.lower.passes import quiet
-from exporter.lower.passes.use_torch_constants import torch_constants
 from exporter.models import Family, InputSpec
 from exporter.modules import QuantizedLayer, float_layer, replace
 
@@ -36,11 +35,8 @@ class _Call(nn.Module):
         return self._family.call(self.model, dict(zip(self._names, inputs, strict=True)))
 
 
-def trace(artifact: Artifact, dtype: str) -> tuple[ir.Model, dict[str, torch.Tensor]]:
-    """Returns the graph in `dtype`, and by name what it computes from no input.
-
-    Its weights have names, types and shapes but no values yet.
-    """
+def trace(artifact: Artifact, dtype: str) -> ir.Model:
+    """Returns the graph in `dtype`; its weights have names, types and shapes but no values yet."""
     family = quantized.family(artifact)
     config = artifact.info["model"]["config"]
     specs = family.inputs(config)
@@ -62,7 +58,7 @@ def trace(artifact: Artifact, dtype: str) -> tuple[ir.Model, dict[str, torch.Ten
     for value in graph.graph.initializers.values():
         if value.name and value.name.startswith(PREFIX):
             value.const_value = None  # fake: the optimizer must not read it
-    return graph, torch_constants(program)
+    return graph
 
 
 def _example(spec: InputSpec, float_type: torch.dtype) -> torch.Tensor:

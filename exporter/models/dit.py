@@ -20,7 +20,9 @@ OUTPUT = "sample"
 def build(config: Config) -> nn.Module:
     from diffusers import DiTTransformer2DModel
 
-    return cast(nn.Module, DiTTransformer2DModel.from_config(dict(config)))
+    from exporter.models._timesteps import use_tables
+
+    return use_tables(DiTTransformer2DModel.from_config(dict(config)))
 
 
 def inputs(config: Config) -> tuple[InputSpec, ...]:

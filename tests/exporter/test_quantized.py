@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import RECIPES
+from common import RECIPES
 from safetensors.torch import load_file
 
 from exporter import quantized

@@ -1,0 +1,218 @@
+"""Wrong input at the command line: exit code 2, a message with the thing and the fix, no traceback, no leavings."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from common import ROOT, TINY
+from safetensors.torch import load_file, save_file
+
+RECIPE = """
+[calibration]
+samples = 2
+{extra}
+[[rule]]
+layers = "{layers}"
+weight = {{ format = "int", bits = 4, granularity = "block", block_size = {block_size} }}
+{rule_extra}
+[[rule]]
+layers = "*"
+keep = "float"
+"""
+
+
+def refused(process, *words):
+    """Asserts a refusal that says all `words`, with a fix."""
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    assert "fix:" in process.stderr
+    for word in words:
+        assert word in process.stderr, (word, process.stderr)
+    assert process.stdout == ""
+
+
+def leaves_nothing(folder):
+    left = [path.name for path in folder.rglob("*") if path.name not in (".lock",)] if folder.exists() else []
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("digit-dit", "--recipe", "fp8"), ("digit-dit", "digits-dit")),
+        (("digits-dit", "--recipe", "fp9"), ("recipe 'fp9'", "'fp8'")),
+        (("digits-dit", "--recipe", "fp8", "--backend", "trt-rxt"), ("backend 'trt-rxt'", "trt-rtx")),
+        (("digits-dit", "--recipe", "fp8", "--backend", "trt-rtx", "--gpu", "sm98"), ("'sm98'", "sm89")),
+        (("digits-dit", "--recipe", "fp8", "--dtype", "fp61"), ("'fp61'", "fp16")),
+        (("digits-dit", "--recipe", "fp8", "--steps", "5000"), ("5000", "1000")),
+        (("./no-such-folder", "--recipe", "fp8"), ("no-such-folder",)),
+    ],
+    ids=["model", "recipe", "backend", "gpu", "dtype", "steps", "folder"],
+)
+def test_unknown_names_are_refused_with_close_ones(arguments, words, cli, tmp_path):
+    refused(cli("run", *arguments, "--out", tmp_path / "out"), *words)
+    leaves_nothing(tmp_path / "out")
+
+
+def test_fp8_for_a_gpu_without_it_names_the_layer_and_the_gpus_that_have_it(cli, tmp_path):
+    process = cli(
+        "run", "digits-dit", "--recipe", "fp8", "--backend", "trt-rtx", "--gpu", "sm80", "--out", tmp_path / "o"
+    )
+    refused(process, "transformer_blocks.0", "fp8", "sm80", "sm89", "sm120")
+    leaves_nothing(tmp_path / "o")
+
+
+@pytest.fixture
+def model(tiny_folder, tmp_path):
+    """A copy of the tiny model that a test may damage."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def weights_file(model):
+    return model / "diffusion_pytorch_model.safetensors"
+
+
+def test_a_folder_without_config_is_refused(cli, model, tiny_recipe, tmp_path):
+    (model / "config.json").unlink()
+    refused(cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), "config.json", str(model))
+
+
+def test_a_folder_without_weights_is_refused(cli, model, tiny_recipe, tmp_path):
+    weights_file(model).unlink()
+    refused(cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), "weights", str(model), "random:")
+
+
+def test_pickled_weights_are_never_read(cli, model, tiny_recipe, tmp_path):
+    weights_file(model).rename(model / "diffusion_pytorch_model.bin")
+    refused(cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), "pickle", "safe_serialization")
+
+
+def test_a_truncated_weight_file_is_refused(cli, model, tiny_recipe, tmp_path):
+    whole = weights_file(model).read_bytes()
+    weights_file(model).write_bytes(whole[: len(whole) // 2])
+    process = cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out")
+    refused(process, "diffusion_pytorch_model.safetensors", str(len(whole) // 2), "truncated")
+    leaves_nothing(tmp_path / "out")
+
+
+def test_a_weight_with_nan_is_named(cli, model, tiny_recipe, tmp_path):
+    tensors = load_file(weights_file(model))
+    tensors["transformer_blocks.1.ff.net.2.weight"][3, 5] = torch.nan
+    save_file(tensors, weights_file(model))
+    process = cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out")
+    refused(process, "transformer_blocks.1.ff.net.2.weight", "1 values that are NaN")
+    leaves_nothing(tmp_path / "out")
+
+
+def test_a_class_no_family_serves_is_refused(cli, model, tiny_recipe, tmp_path):
+    (model / "config.json").write_text(json.dumps(TINY | {"_class_name": "MysteryModel"}))
+    process = cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out")
+    refused(process, "MysteryModel", "DiTTransformer2DModel")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"extra": "sample = 3"}, ("'sample'", "'samples'", "[calibration]")),
+        ({"rule_extra": "methd = 3"}, ("'methd'", "'method'", "rule 1")),
+        ({"layers": "transformer_block.*"}, ("transformer_block.*", "rule 1", "matches none")),
+        ({"block_size": "48"}, ("transformer_blocks.0", "block_size 48", "32 inputs", "16 or 32")),
+    ],
+    ids=["calibration key", "rule key", "no match", "block size"],
+)
+def test_recipe_faults_name_the_rule_and_the_layer(fields, words, cli, tiny_folder, tmp_path):
+    values = {"extra": "", "rule_extra": "", "layers": "transformer_blocks.*.ff.*", "block_size": "16"} | fields
+    if fields.get("block_size"):
+        values["layers"] = "transformer_blocks.*.ff.*"
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(RECIPE.format(**values))
+    refused(cli("run", tiny_folder, "--recipe", recipe, "--out", tmp_path / "out"), *words)
+    leaves_nothing(tmp_path / "out")
+
+
+def test_an_output_path_beneath_a_file_is_refused(cli, tiny_folder, tiny_recipe, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    process = cli("run", tiny_folder, "--recipe", tiny_recipe, "--out", tmp_path / "file" / "out")
+    refused(process, str(tmp_path / "file"), "is a file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_with_other_things_is_not_written_over(cli, tiny_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    refused(cli("calibrate", tiny_folder, "--out", tmp_path / "out", "--samples", 1), "holds other things")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("limit", [20_000, 120_000])
+def test_a_full_disk_is_a_message_and_leaves_nothing_half_written(limit, cli, tiny_folder, tiny_recipe, tmp_path):
+    """A file-size limit stands in for the disk: the first stops calibrate, the second quantize."""
+    process = cli(
+        "run",
+        tiny_folder,
+        "--recipe",
+        tiny_recipe,
+        "--steps",
+        "5",
+        "--out",
+        tmp_path / "out",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    refused(process, "could not be written", "File too large", "ulimit")
+    partial = [path for path in (tmp_path / "out").rglob("*") if "partial" in path.name]
+    assert partial == []
+    again = cli("run", tiny_folder, "--recipe", tiny_recipe, "--steps", "5", "--out", tmp_path / "out")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_graph_that_changed_after_it_was_made_is_refused(cli, graph_of, tmp_path):
+    graph = shutil.copytree(graph_of("int8", "fp32").path, tmp_path / "graph")
+    data = bytearray((graph / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (graph / "model.onnx").write_bytes(data)
+    process = cli("build", graph, "--backend", "ort", "--out", tmp_path / "engine")
+    refused(process, "model.onnx", "sha256", "make it again")
+    leaves_nothing(tmp_path / "engine")
+
+
+def test_json_is_one_document_and_nothing_else(cli, graph_of):
+    process = cli("inspect", graph_of("int8", "fp32").path, "--json")
+    assert process.returncode == 0
+    assert json.loads(process.stdout)["kind"] == "graph"
+
+
+@pytest.mark.parametrize("what", ["models", "recipes", "formats", "methods", "backends"])
+def test_list_names_the_files_found(what, cli):
+    process = cli("list", what)
+    assert process.returncode == 0
+    expected = {
+        "models": {"digits-dit"},
+        "recipes": {"fp16", "fp8", "int8", "int4"},
+        "formats": {"fp", "int"},
+        "methods": {"rtn", "smoothquant"},
+        "backends": {"ort", "trt-rtx"},
+    }[what]
+    assert expected <= set(process.stdout.split())
+
+
+HEAVY = {"torch", "diffusers", "onnx", "onnxruntime", "tensorrt_rtx", "matplotlib", "numpy"}
+
+
+def imported(statement):
+    code = f"import sys\n{statement}\nprint(' '.join(sys.modules))"
+    return set(subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).split())
+
+
+def test_the_command_line_imports_nothing_heavy():
+    assert not HEAVY & imported("import exporter.cli")
+
+
+def test_engines_need_neither_torch_nor_exporter():
+    statement = "import engines.build, engines.backends as b\nfor n in b.names(): b.load(n)"
+    assert not {"torch", "diffusers", "exporter", "calib_data"} & imported(statement)
