@@ -21,7 +21,8 @@ from exporter import progress
 from exporter.memory import peak_rss_bytes
 
 ROUNDS = 10  # of one turn per runner
-TURN_MS = 150.0  # a turn runs at least this long, and at least 3 times
+TURN_MS = 150.0  # a turn runs at least this long,
+LEAST_CALLS = 3  # and at least this often
 WARM_UP = 3
 BATCHES = (8, 1)  # with guidance a batch of 8 is 4 images; 1 is the latency of one call
 
@@ -29,21 +30,21 @@ BATCHES = (8, 1)  # with guidance a batch of 8 is 4 images; 1 is the latency of 
 def throughput(targets: Mapping[str, str], batches: Sequence[int] = BATCHES, threads: int | None = None) -> list[Json]:
     """Times runners (name → target, as `open_target` takes it) with warm-up; returns a row per runner and batch."""
     threads = threads or os.cpu_count() or 1
+    workers = {name: _Worker(target, threads) for name, target in targets.items()}
     rows = []
-    for batch in batches:
-        workers: dict[str, _Worker] = {}
-        try:
-            for name, target in targets.items():
-                workers[name] = _Worker(target, batch, threads)
+    try:
+        for batch in batches:
             times: dict[str, list[float]] = {name: [] for name in workers}
+            for worker in workers.values():
+                worker.ask(batch, WARM_UP)
             for _ in progress.track(range(ROUNDS), ROUNDS, f"timing, batch {batch}"):
                 for name, worker in workers.items():
-                    times[name] += worker.turn()
+                    times[name] += worker.ask(batch, 0)["ms"]
             for name, worker in workers.items():
-                rows.append(_row(name, batch, times[name], worker.peak_rss_bytes()))
-        finally:
-            for worker in workers.values():
-                worker.stop()
+                rows.append(_row(name, batch, times[name], worker.ask(batch, 1)["peak_rss_bytes"]))
+    finally:
+        for worker in workers.values():
+            worker.stop()
     return rows
 
 
@@ -119,54 +120,44 @@ def random_feeds(inputs: Sequence[Json], batch: int) -> dict[str, Any]:
 
 
 class _Worker:
-    """A process that holds one runner and times it when told to."""
+    """A process that holds one runner and times it when asked to."""
 
-    def __init__(self, target: str, batch: int, threads: int) -> None:
+    def __init__(self, target: str, threads: int) -> None:
         self._target = target
-        command = [sys.executable, "-m", "exporter.bench", target, str(batch), str(threads)]
+        command = [sys.executable, "-m", "exporter.bench", target, str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._ask("")  # warmed up
 
-    def _ask(self, line: str) -> Any:
+    def ask(self, batch: int, calls: int) -> Json:
+        """Has the runner called `calls` times, or with 0 for one turn; returns the times and the peak memory so far."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        if line:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
+        self._process.stdin.write(f"{batch} {calls}\n")
+        self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"a timing process ended with {self._process.wait()}: {self._target}")
-        return json.loads(answer)
-
-    def turn(self) -> list[float]:
-        return list(self._ask("turn"))
-
-    def peak_rss_bytes(self) -> int | None:
-        peak = self._ask("peak")
-        return None if peak is None else int(peak)
+        found: Json = json.loads(answer)
+        return found
 
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
 
 
-def _turn(runner: Runner, feeds: Feeds) -> list[float]:
+def _times(runner: Runner, feeds: Feeds, calls: int) -> list[float]:
     times: list[float] = []
-    while len(times) < 3 or sum(times) < TURN_MS:
+    while len(times) < (calls or LEAST_CALLS) or (not calls and sum(times) < TURN_MS):
         started = time.perf_counter()
         runner.run(feeds)
         times.append((time.perf_counter() - started) * 1e3)
     return times
 
 
-def _worker(target: str, batch: str, threads: str) -> None:
+def _worker(target: str, threads: str) -> None:
     runner, inputs = open_target(target, int(threads))
-    feeds = random_feeds(inputs, int(batch))
-    for _ in range(WARM_UP):
-        runner.run(feeds)
-    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
-        answer: object = _turn(runner, feeds) if line.strip() == "turn" else peak_rss_bytes()
-        print(json.dumps(answer), flush=True)
+        batch, calls = map(int, line.split())
+        times = _times(runner, random_feeds(inputs, batch), calls)
+        print(json.dumps({"ms": times, "peak_rss_bytes": peak_rss_bytes()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -134,9 +135,15 @@ def test_the_network_agrees_with_pytorch_to_its_rounding_floor_at_every_recorded
     assert "trt-rtx" in runners or "GPU" in refusals["trt-rtx"]
 
 
+@pytest.fixture(scope="module")
+def report_of(run_of, checkpoint, artifacts_folder):
+    """Returns the report of a recipe, made when first asked for."""
+    return cache(lambda name: validate(checkpoint, run_of(name), artifacts_folder / name))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_images_stay_close_to_the_float_models(recipe, run_of, checkpoint, artifacts_folder):
-    report = validate(checkpoint, run_of(recipe), artifacts_folder / recipe)
+def test_images_stay_close_to_the_float_models(recipe, report_of, artifacts_folder):
+    report = report_of(recipe)
     images = report["accuracy"]["images"]
     assert images["n"] == 200
     assert images["psnr_db"]["mean"] >= PSNR_FLOOR_DB[recipe]
@@ -146,8 +153,8 @@ def test_images_stay_close_to_the_float_models(recipe, run_of, checkpoint, artif
     json.dumps(report, allow_nan=False)
 
 
-def test_a_report_follows_the_error_at_every_step(run_of, checkpoint, artifacts_folder):
-    report = validate(checkpoint, run_of("int8"), artifacts_folder / "int8")
+def test_a_report_follows_the_error_at_every_step(report_of, checkpoint):
+    report = report_of("int8")
     for runner in ("quantized", "ort"):
         rows = [row for row in report["accuracy"]["trajectory"] if row["runner"] == runner]
         assert [row["step"] for row in rows] == list(range(25))

@@ -91,7 +91,7 @@ _LAYER = re.compile(
     r"Outputs: (?P<outputs>.*?), TacticName: .*?, StreamId: .*?Metadata: ?(?P<nodes>.*)$"
 )
 _TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
-_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|$)")
+_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f|\[|$)")  # TensorRT-RTX 1.7 writes a unit separator between them
 
 
 def read_plan(lines: Sequence[str]) -> list[PlanRow]:

@@ -20,8 +20,27 @@ REST = '[[rule]]\nlayers = "*"\nkeep = "float"\n'
 INT8 = '{ format = "int", bits = 8 }'
 
 
+WEIGHT = f'layers = "*"\nweight = {INT8}\n'
+
+
 def rule(text: str) -> str:
     return f"[[rule]]\n{text}\n"
+
+
+def weight(spec: str) -> str:
+    return rule(f'layers = "*"\nweight = {{ {spec} }}')
+
+
+def activation(spec: str) -> str:
+    return rule(f"{WEIGHT}activation = {{ {spec} }}")
+
+
+def method(spec: str) -> str:
+    return rule(f"{WEIGHT}method = {{ {spec} }}")
+
+
+def calibration(line: str) -> str:
+    return f"[calibration]\n{line}\n{REST}"
 
 
 @pytest.fixture
@@ -127,29 +146,36 @@ def test_what_a_rule_leaves_out_has_a_default(load):
 
 
 def test_calibration_is_read_and_its_steps_are_put_in_order(load):
-    made = load("[calibration]\nsamples = 3\nrecord_steps = [5, 0, 5, 2]\n" + REST)
+    made = load(calibration("samples = 3\nrecord_steps = [5, 0, 5, 2]"))
     assert made.calibration == CalibrationSpec(samples=3, record_steps=(0, 2, 5))
 
 
-WEIGHT = f'layers = "*"\nweight = {INT8}\n'
 BAD = {
     # unknown names, at each level: the message has the name, the fix the close one
-    "key of the file": ('[calibratoin]\nsamples = 1\n[[rule]]\nlayers = "*"\nkeep = "float"', "calibratoin", "'calibration'"),
-    "key of [calibration]": ("[calibration]\nsample = 1\n" + REST, "'sample'", "'samples'"),
+    "key of the file": (
+        '[calibratoin]\nsamples = 1\n[[rule]]\nlayers = "*"\nkeep = "float"',
+        "calibratoin",
+        "'calibration'",
+    ),
+    "key of [calibration]": (calibration("sample = 1"), "'sample'", "'samples'"),
     "key of a rule": (rule('layer = "*"\nkeep = "float"'), "'layer'", "'layers'"),
-    "key of a weight": (rule('layers = "*"\nweight = { format = "int", bitz = 8 }'), "'bitz'", "'bits'"),
-    "key of an activation": (rule(WEIGHT + 'activation = { format = "int", bits = 8, observr = "mse" }'), "'observr'", "'observer'"),
-    "key of a method": (rule(WEIGHT + 'method = { name = "smoothquant", alhpa = 0.5 }'), "'alhpa'", "'alpha'"),
-    "key of a method that has none": (rule(WEIGHT + 'method = { name = "rtn", alpha = 0.5 }'), "'alpha'", "known: none"),
-    "key of another format": (rule('layers = "*"\nweight = { format = "int", bits = 8, exponent_bits = 4 }'), "'exponent_bits'", "bits"),
-    "granularity of an activation": (rule(WEIGHT + 'activation = { format = "int", bits = 8, granularity = "tensor" }'), "'granularity'", "observer"),
-    "format": (rule('layers = "*"\nweight = { format = "itn", bits = 8 }'), "'itn'", "'int'"),
-    "no format": (rule('layers = "*"\nweight = { bits = 8 }'), "format ''", "fp, int"),
-    "observer": (rule(WEIGHT + 'activation = { format = "int", bits = 8, observer = "msee" }'), "'msee'", "'mse'"),
-    "observer of another type": (rule(WEIGHT + 'activation = { format = "int", bits = 8, observer = ["mse"] }'), "observer", "mse"),
-    "method": (rule(WEIGHT + 'method = { name = "smoothqaunt" }'), "'smoothqaunt'", "'smoothquant'"),
-    "no method name": (rule(WEIGHT + "method = { alpha = 0.5 }"), "method ''", "rtn"),
-    "granularity": (rule('layers = "*"\nweight = { format = "int", bits = 8, granularity = "chanel" }'), "'chanel'", "'channel'"),
+    "key of a weight": (weight('format = "int", bitz = 8'), "'bitz'", "'bits'"),
+    "key of an activation": (activation('format = "int", bits = 8, observr = "mse"'), "'observr'", "'observer'"),
+    "key of a method": (method('name = "smoothquant", alhpa = 0.5'), "'alhpa'", "'alpha'"),
+    "key of a method that has none": (method('name = "rtn", alpha = 0.5'), "'alpha'", "known: none"),
+    "key of another format": (weight('format = "int", bits = 8, exponent_bits = 4'), "'exponent_bits'", "bits"),
+    "granularity of an activation": (
+        activation('format = "int", bits = 8, granularity = "tensor"'),
+        "'granularity'",
+        "observer",
+    ),
+    "format": (weight('format = "itn", bits = 8'), "'itn'", "'int'"),
+    "no format": (weight("bits = 8"), "format ''", "fp, int"),
+    "observer": (activation('format = "int", bits = 8, observer = "msee"'), "'msee'", "'mse'"),
+    "observer of another type": (activation('format = "int", bits = 8, observer = ["mse"]'), "observer", "mse"),
+    "method": (method('name = "smoothqaunt"'), "'smoothqaunt'", "'smoothquant'"),
+    "no method name": (method("alpha = 0.5"), "method ''", "rtn"),
+    "granularity": (weight('format = "int", bits = 8, granularity = "chanel"'), "'chanel'", "'channel'"),
     "scope": (rule('layers = "*"\nscope = "outside_block"\nkeep = "float"'), "'outside_block'", "'outside_blocks'"),
     "keep": (rule('layers = "*"\nkeep = "flaot"'), "'flaot'", "'float'"),
     # what does not go together, or lacks its other half
@@ -159,10 +185,14 @@ BAD = {
     "activation alone": (rule(f'layers = "*"\nactivation = {INT8}'), "neither weight nor keep", "weight"),
     "no layers": (rule('keep = "float"'), "lacks layers", "layers ="),
     "layers of another type": (rule('layers = ["*"]\nkeep = "float"'), "layers", "layers ="),
-    "block_size without block": (rule('layers = "*"\nweight = { format = "int", bits = 4, block_size = 64 }'), "block_size", "both or neither"),
-    "block without block_size": (rule('layers = "*"\nweight = { format = "int", bits = 4, granularity = "block" }'), "block_size", "both or neither"),
-    "bits missing": (rule('layers = "*"\nweight = { format = "int" }'), "lacks bits", "bits = "),
-    "mantissa_bits missing": (rule('layers = "*"\nweight = { format = "fp", exponent_bits = 4 }'), "lacks mantissa_bits", "mantissa_bits = "),
+    "block_size without block": (weight('format = "int", bits = 4, block_size = 64'), "block_size", "both or neither"),
+    "block without block_size": (
+        weight('format = "int", bits = 4, granularity = "block"'),
+        "block_size",
+        "both or neither",
+    ),
+    "bits missing": (weight('format = "int"'), "lacks bits", "bits = "),
+    "mantissa_bits missing": (weight('format = "fp", exponent_bits = 4'), "lacks mantissa_bits", "mantissa_bits = "),
     "no rules": ("", "no rules", "[[rule]]"),
     "rules that are none": ('rule = "all"', "no rules", "[[rule]]"),
     "rule as one table": ('[rule]\nlayers = "*"\nkeep = "float"', "no rules", "[[rule]]"),
@@ -171,37 +201,53 @@ BAD = {
     "method that is a word": (rule(WEIGHT + 'method = "rtn"'), "'rtn' is not a table", "key = value"),
     "calibration that is a number": ("calibration = 64\n" + REST, "64 is not a table", "key = value"),
     # absurd values
-    "bits too many": (rule('layers = "*"\nweight = { format = "int", bits = 99 }'), "99", "2 … 8"),
-    "bits too few": (rule('layers = "*"\nweight = { format = "int", bits = 1 }'), "1 bits", "2 … 8"),
-    "bits below zero": (rule('layers = "*"\nweight = { format = "int", bits = -4 }'), "bits = -4", "whole number"),
-    "bits as a word": (rule('layers = "*"\nweight = { format = "int", bits = "8" }'), "bits = '8'", "whole number"),
-    "bits as a fraction": (rule('layers = "*"\nweight = { format = "int", bits = 7.5 }'), "bits = 7.5", "whole number"),
-    "bits as a truth value": (rule('layers = "*"\nweight = { format = "int", bits = true }'), "bits = True", "whole number"),
-    "fp of nine bits": (rule('layers = "*"\nweight = { format = "fp", exponent_bits = 4, mantissa_bits = 4 }'), "4 exponent", "at most 7"),
-    "fp without exponent": (rule('layers = "*"\nweight = { format = "fp", exponent_bits = 0, mantissa_bits = 4 }'), "0 exponent", "exponent_bits"),
-    "samples of zero": ("[calibration]\nsamples = 0\n" + REST, "samples = 0", "at least 1"),
-    "samples below zero": ("[calibration]\nsamples = -1\n" + REST, "samples = -1", "at least 1"),
-    "samples as a word": ('[calibration]\nsamples = "many"\n' + REST, "samples = 'many'", "whole number"),
-    "no steps": ("[calibration]\nrecord_steps = []\n" + REST, "record_steps", "[0, 5]"),
-    "steps below zero": ("[calibration]\nrecord_steps = [-1]\n" + REST, "record_steps", "[0, 5]"),
-    "steps as words": ('[calibration]\nrecord_steps = ["first"]\n' + REST, "record_steps", "[0, 5]"),
-    "steps as truth values": ("[calibration]\nrecord_steps = [true]\n" + REST, "record_steps", "[0, 5]"),
-    "one step": ("[calibration]\nrecord_steps = 5\n" + REST, "record_steps", "[0, 5]"),
-    "block of zero": (rule('layers = "*"\nweight = { format = "int", bits = 4, granularity = "block", block_size = 0 }'), "block_size = 0", "whole number"),
-    "block below zero": (rule('layers = "*"\nweight = { format = "int", bits = 4, granularity = "block", block_size = -64 }'), "block_size = -64", "whole number"),
-    "optional as a word": (rule('layers = "*"\noptional = "yes"\nkeep = "float"'), "optional = 'yes'", "optional = true"),
-    "alpha above one": (rule(WEIGHT + 'method = { name = "smoothquant", alpha = 1.5 }'), "alpha = 1.5", "0 … 1"),
-    "alpha below zero": (rule(WEIGHT + 'method = { name = "smoothquant", alpha = -0.5 }'), "alpha = -0.5", "0 … 1"),
-    "alpha that is no number": (rule(WEIGHT + 'method = { name = "smoothquant", alpha = nan }'), "alpha = nan", "0 … 1"),
-    "alpha as a word": (rule(WEIGHT + 'method = { name = "smoothquant", alpha = "half" }'), "alpha = 'half'", "0.5"),
-    "alpha as a truth value": (rule(WEIGHT + 'method = { name = "smoothquant", alpha = true }'), "alpha = True", "0.5"),
+    "bits too many": (weight('format = "int", bits = 99'), "99", "2 … 8"),
+    "bits too few": (weight('format = "int", bits = 1'), "1 bits", "2 … 8"),
+    "bits below zero": (weight('format = "int", bits = -4'), "bits = -4", "whole number"),
+    "bits as a word": (weight('format = "int", bits = "8"'), "bits = '8'", "whole number"),
+    "bits as a fraction": (weight('format = "int", bits = 7.5'), "bits = 7.5", "whole number"),
+    "bits as a truth value": (weight('format = "int", bits = true'), "bits = True", "whole number"),
+    "fp of nine bits": (weight('format = "fp", exponent_bits = 4, mantissa_bits = 4'), "4 exponent", "at most 7"),
+    "fp without exponent": (
+        weight('format = "fp", exponent_bits = 0, mantissa_bits = 4'),
+        "0 exponent",
+        "exponent_bits",
+    ),
+    "samples of zero": (calibration("samples = 0"), "samples = 0", "at least 1"),
+    "samples below zero": (calibration("samples = -1"), "samples = -1", "at least 1"),
+    "samples as a word": (calibration('samples = "many"'), "samples = 'many'", "whole number"),
+    "no steps": (calibration("record_steps = []"), "record_steps", "[0, 5]"),
+    "steps below zero": (calibration("record_steps = [-1]"), "record_steps", "[0, 5]"),
+    "steps as words": (calibration('record_steps = ["first"]'), "record_steps", "[0, 5]"),
+    "steps as truth values": (calibration("record_steps = [true]"), "record_steps", "[0, 5]"),
+    "one step": (calibration("record_steps = 5"), "record_steps", "[0, 5]"),
+    "block of zero": (
+        weight('format = "int", bits = 4, granularity = "block", block_size = 0'),
+        "block_size = 0",
+        "whole number",
+    ),
+    "block below zero": (
+        weight('format = "int", bits = 4, granularity = "block", block_size = -64'),
+        "block_size = -64",
+        "whole number",
+    ),
+    "optional as a word": (
+        rule('layers = "*"\noptional = "yes"\nkeep = "float"'),
+        "optional = 'yes'",
+        "optional = true",
+    ),
+    "alpha above one": (method('name = "smoothquant", alpha = 1.5'), "alpha = 1.5", "0 … 1"),
+    "alpha below zero": (method('name = "smoothquant", alpha = -0.5'), "alpha = -0.5", "0 … 1"),
+    "alpha that is no number": (method('name = "smoothquant", alpha = nan'), "alpha = nan", "0 … 1"),
+    "alpha as a word": (method('name = "smoothquant", alpha = "half"'), "alpha = 'half'", "0.5"),
+    "alpha as a truth value": (method('name = "smoothquant", alpha = true'), "alpha = True", "0.5"),
     # what is no TOML
     "broken TOML": ("[[rule]]\nlayers = \n", "not valid TOML", "mend the line"),
     "a key twice": (rule('layers = "*"\nlayers = "*"\nkeep = "float"'), "not valid TOML", "mend the line"),
     "brackets without end": ("rule = " + "[" * 50_000, "mine.toml", "mend"),
-    "a number of 5000 digits": ("[calibration]\nsamples = " + "9" * 5000 + "\n" + REST, "mine.toml", ""),
+    "a number of 5000 digits": (calibration("samples = " + "9" * 5000), "mine.toml", ""),
     "too large": ("#" * (recipe.MAX_RECIPE_BYTES + 1), "larger than", "short text"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", BAD)
@@ -210,8 +256,8 @@ def test_a_fault_is_named_with_its_fix(load, fault):
     with pytest.raises(UserError) as caught:
         load(text)
     assert named in caught.value.what
-    assert fix in caught.value.fix
     assert caught.value.fix
+    assert fix in caught.value.fix
 
 
 @pytest.mark.parametrize("fault", ["key of a weight", "format", "granularity", "alpha as a word", "bits too many"])

@@ -44,7 +44,7 @@ def test_attributes_of_the_protocol_are_there(fmt):
     assert 0 < fmt.max_value < math.inf
     assert isinstance(fmt.carrier, torch.dtype)
     assert fmt.carrier.itemsize == 1
-    assert fmt.onnx_type is None or fmt.onnx_type in onnx.TensorProto.DataType.keys()
+    assert fmt.onnx_type is None or hasattr(onnx.TensorProto, fmt.onnx_type)
     assert isinstance(fmt.kind, str)
     assert fmt.kind
 
