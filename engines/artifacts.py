@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,17 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def inside(folder: Path, name: str) -> Path:
-    """Returns folder/name, refusing a name that leaves the folder (absolute, `..`, or through a link)."""
+def inside(folder: Path, name: str, *, links: bool = False) -> Path:
+    """Returns folder/name, refusing a name that leaves the folder: absolute, by `..`, or, unless `links`, by a link.
+
+    Model caches keep their files as links to a store elsewhere; artifacts hold none.
+    """
     path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    leaves = Path(name).is_absolute() or ".." in Path(name).parts
+    if leaves or not (links or path.resolve().is_relative_to(folder.resolve())):
         raise UserError(
             f"{folder}: the file name {name!r} leaves the folder",
-            fix="do not use this artifact: its manifest was not written by export-engine",
+            fix="do not use this folder: it was damaged or tampered with; get it, or make it, again",
         )
     return path
 
@@ -103,7 +107,7 @@ def write_json(path: Path, value: object) -> None:
     """Writes indented JSON through a temporary name, so that a reader never meets half a file."""
     temporary = path.with_name(f".{path.name}.partial")
     with writing_errors(path):
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=1, allow_nan=False)
             file.write("\n")
             file.flush()
@@ -118,10 +122,10 @@ def read_json(path: Path) -> Json:
             raise UserError(
                 f"{path}: {path.stat().st_size} bytes, more than {MAX_MANIFEST_BYTES}", fix="this is no JSON of ours"
             )
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file", fix="check the path, or make the artifact again") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError or UnicodeDecodeError is a ValueError
         raise UserError(
             f"{path}: not valid JSON ({error})", fix="restore the file or make the artifact again"
         ) from error
@@ -132,6 +136,10 @@ def read_json(path: Path) -> Json:
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not an object", fix="make the artifact again")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def open_artifact(path: Path, kind: str) -> Artifact:
@@ -176,14 +184,30 @@ def _read(path: Path) -> Artifact:
             f"{path / MANIFEST}: schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}",
             fix="make the artifact again with this version",
         )
+    if not _well_formed(manifest):
+        raise UserError(f"{path / MANIFEST}: malformed", fix=f"delete {path} and make it again")
     content = {key: value for key, value in manifest.items() if key != "digest"}
     if digest_json(content) != manifest["digest"]:
         raise UserError(f"{path / MANIFEST}: was changed after it was written", fix=f"delete {path} and make it again")
     return Artifact(path, manifest)
 
 
+def _well_formed(manifest: Json) -> bool:
+    files = manifest["files"]
+    return (
+        isinstance(files, dict)
+        and all(isinstance(e, dict) and {"bytes": int, "sha256": str}.items() == _types(e) for e in files.values())
+        and all(isinstance(manifest[key], dict) for key in ("info", "made_from"))
+        and all(isinstance(manifest[key], str) for key in ("kind", "digest"))
+    )
+
+
+def _types(entry: Json) -> ItemsView[str, type]:
+    return {key: type(value) for key, value in entry.items()}.items()
+
+
 def current(path: Path, request: Request) -> Artifact | None:
-    """Returns the artifact at `path` if it is intact and was made by the same request, else None."""
+    """Returns the artifact at `path` if it was made by the same request, else None; a damaged one is an error."""
     if not (path / MANIFEST).is_file() or _read(path).manifest.get("request") != request.digest:
         return None
     return open_artifact(path, request.kind)
@@ -205,13 +229,16 @@ def drafting(path: Path, request: Request) -> Iterator[Draft]:
 
     A draft of the same request that a kill or Ctrl-C left behind is handed back, for stages that can use its files.
     """
+    path = path.resolve()  # so that `.` has a name, and a link keeps pointing at what is written
     partial = path.with_name(f".{path.name}.partial")
     with writing_errors(path):
         refuse_foreign(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         mark = partial / ".request"
-        resumed = mark.is_file() and mark.read_text() == request.digest
+        resumed = mark.is_file() and mark.read_text(encoding="utf-8") == request.digest
         if not resumed:
+            if partial.is_file():
+                partial.unlink()
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             mark.write_text(request.digest)
@@ -259,10 +286,19 @@ def refuse_beneath_file(path: Path) -> None:
 def refuse_foreign(path: Path) -> None:
     """Refuses to write over anything that is not an artifact of ours, or beneath a file."""
     refuse_beneath_file(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+    if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
         raise UserError(
-            f"{path}: is a folder that holds other things (no {MANIFEST})", fix="choose a new or an empty folder"
+            f"{path}: is a folder that holds other things (no {MANIFEST} of ours)",
+            fix="choose a new or an empty folder",
         )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        manifest = read_json(path / MANIFEST)
+    except UserError:
+        return False
+    return manifest.keys() >= {"schema_version", "kind", "digest", "request"}
 
 
 @contextlib.contextmanager
@@ -274,7 +310,9 @@ def writing_errors(path: Path) -> Iterator[None]:
         reason = _reason(error)
         if reason is None:
             raise
-        raise UserError(f"{path}: could not be written: {reason}", fix=_FIXES.get(error.errno or 0, _FIX)) from error
+        raise UserError(
+            f"{error.filename or path}: could not be written: {reason}", fix=_FIXES.get(error.errno or 0, _FIX)
+        ) from error
 
 
 _FIX = "choose another --out, or make this one writable"

@@ -92,12 +92,11 @@ def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, list[J
     import torch
 
     from exporter import quantized
-    from exporter.run import checkpoint_of
     from exporter.runners import TorchRunner
 
     torch.set_num_threads(threads)
     source = artifacts.open_artifact(folder / "quantized", "quantized")
-    checkpoint = checkpoint_of(source)
+    checkpoint = quantized.checkpoint_of(source)
     model = checkpoint.load() if kind == "float" else quantized.load(source)
     specs = checkpoint.family.inputs(checkpoint.config)
     inputs = [

@@ -14,23 +14,23 @@ from engines.errors import UserError
 
 
 def sqnr_db(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Returns 10·log10(Σ reference² / Σ (reference − other)²) in dB; +inf when they are equal."""
+    """Returns 10·log10(Σ reference² / Σ (reference − other)²) in dB; +inf when equal, −inf with a NaN or infinity."""
     reference, other = reference.double(), other.double()
     noise = (reference - other).square().sum().item()
     signal = reference.square().sum().item()
-    if math.isnan(noise):
+    if not math.isfinite(noise):
         return -math.inf
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def psnr_db(reference: torch.Tensor, other: torch.Tensor, data_range: float) -> torch.Tensor:
-    """Returns 10·log10(range² / mse) per image, [n], of images [n, c, h, w]; equal images count as 120 dB.
+    """Returns 10·log10(range² / mse) per image, [n], of images [n, c, h, w], at most 120 dB and at least −120 dB.
 
-    The cap keeps the mean of a set in which some images are equal a number; it lies beyond fp32's own rounding.
+    The caps keep the mean a number when some images are equal, which lies beyond fp32's own rounding, or hold NaN.
     """
     mse = (reference.double() - other.double()).square().flatten(1).mean(dim=1)
     mse = mse.nan_to_num(nan=float("inf"))
-    return (10 * torch.log10(data_range**2 / mse)).clamp(max=120.0)
+    return (10 * torch.log10(data_range**2 / mse)).clamp(-120.0, 120.0)
 
 
 def mean_ci95(values: NDArray[np.float64] | torch.Tensor) -> tuple[float, list[float]]:
@@ -62,12 +62,13 @@ class TaskNet(nn.Module):
 
 def load_task_net(path: Path) -> TaskNet:
     """Reads a TaskNet from safetensors."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     net = TaskNet()
     try:
         net.load_state_dict(load_file(path))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{path}: not the weights of a task network ({error})", fix="restore the shipped file"
         ) from error

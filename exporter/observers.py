@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -10,7 +9,9 @@ import torch
 
 from exporter.formats import Format
 
-BINS = 4096  # of |x|; finer than an 8-bit format's steps at any clip the search tries
+OCTAVE_BITS = 8  # 256 bins to an octave: see Histogram
+LOWEST_EXPONENT = -24
+BINS = 64 << OCTAVE_BITS  # 64 octaves
 PERCENTILE = 99.99  # of |x|; a choice: the value most tools use for 8 bits
 # Clips tried, as shares of the largest magnitude. Source: methods.md section 1, "111 clips evenly over 0.1 … 1.2";
 # beyond 1 nothing is clipped and steps only widen for integers, but a floating-point grid may fall better.
@@ -39,42 +40,30 @@ class AbsMax:
 
 
 class Histogram:
-    """Counts of |x| in BINS equal bins over [0, top); top doubles, and bins merge in pairs, as larger values come.
+    """Counts of |x| in bins of equal ratio: 256 to an octave, from 2^-24 to 2^40; smaller ones share the first.
 
-    Memory is constant, and the result does not depend on how the data was cut into tensors: top is always the
-    smallest power of two above the largest value.
+    An octave's bins follow fp32's own exponent and first 8 mantissa bits. They are fine enough for 8-bit integers at
+    the top of their range (4 bins to a step) and for any floating-point format, wherever the outliers lie; memory is
+    constant; and but for the last bits of the sums the result does not depend on how the data was cut into tensors.
     """
 
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.float64)
-        self.top = 0.0
+        self.sums = torch.zeros(BINS, dtype=torch.float64)
         self.largest = 0.0
-        self.zeros = 0  # seen before any other value gave the bins a width
 
     def update(self, x: torch.Tensor) -> None:
         magnitude = x.detach().abs().flatten().float()
-        largest = float(magnitude.amax())
-        if largest == 0.0 and self.top == 0.0:
-            self.zeros += magnitude.numel()
-            return
-        self._grow(largest)
-        self.largest = max(self.largest, largest)
-        self.counts += torch.histc(magnitude, BINS, 0.0, self.top).double()
-
-    def _grow(self, largest: float) -> None:
-        need = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 0.0
-        if self.top == 0.0:
-            self.top = need
-            self.counts[0] += self.zeros
-        while self.top < need:
-            self.counts = torch.cat(
-                [self.counts.reshape(-1, 2).sum(dim=1), torch.zeros(BINS // 2, dtype=torch.float64)]
-            )
-            self.top *= 2.0
+        self.largest = max(self.largest, float(magnitude.amax()))
+        bits = magnitude.view(torch.int32) >> (23 - OCTAVE_BITS)
+        index = (bits - ((127 + LOWEST_EXPONENT) << OCTAVE_BITS)).clamp_(0, BINS - 1)
+        self.counts += torch.bincount(index, minlength=BINS)
+        self.sums += torch.bincount(index, weights=magnitude.double(), minlength=BINS)
 
     @property
-    def centers(self) -> torch.Tensor:
-        return (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.top / BINS)
+    def means(self) -> torch.Tensor:
+        """The mean of each bin's values, [BINS]; 0 where a bin is empty."""
+        return self.sums / self.counts.clamp(min=1)
 
 
 class Percentile:
@@ -88,12 +77,11 @@ class Percentile:
 
     def range(self, fmt: Format) -> float:
         counts = self.histogram.counts
-        if counts.sum() == 0:
+        if self.histogram.largest == 0.0:
             return 0.0
         share = counts.cumsum(0) / counts.sum()
         index = int(torch.searchsorted(share, torch.tensor(PERCENTILE / 100, dtype=torch.float64)))
-        edge = (min(index, BINS - 1) + 1) * self.histogram.top / BINS
-        return min(edge, self.histogram.largest)
+        return float(self.histogram.means[index])
 
 
 class Mse:
@@ -109,7 +97,7 @@ class Mse:
         if self.histogram.largest == 0.0:
             return 0.0
         used = self.histogram.counts > 0
-        values, counts = self.histogram.centers[used], self.histogram.counts[used]
+        values, counts = self.histogram.means[used], self.histogram.counts[used]
         clips = CLIPS.double() * self.histogram.largest
         scales = (clips / fmt.max_value)[:, None]
         errors = ((fmt.round(values / scales) * scales - values).square() * counts).sum(dim=1)

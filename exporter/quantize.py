@@ -137,7 +137,15 @@ def _watch_inputs(
     """Runs every calibration record through the model, showing `see(path, x)` the inputs of layers."""
 
     def hook(path: str) -> Any:
-        return lambda _module, args: see(path, args[0])
+        def look(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if not args[0].isfinite().all():
+                raise UserError(
+                    f"layer {path!r}: its input is NaN or infinite in calibration",
+                    fix="the float model overflows there: check the checkpoint and its sampler settings",
+                )
+            see(path, args[0])
+
+        return look
 
     handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
     runner = TorchRunner("float", model, family)

@@ -13,7 +13,7 @@ from torch import nn
 from calib_data.tensors import save_tensors
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError
-from exporter.checkpoint import parameters_on_meta, set_parameter
+from exporter.checkpoint import Checkpoint, open_checkpoint, parameters_on_meta, set_parameter
 from exporter.models import Family, family_of
 from exporter.modules import ZERO_POINTS, LayerSpec, QuantizedLayer, float_layer, replace
 from exporter.tensors import pack_int4, unpack_int4
@@ -89,6 +89,18 @@ class StoredTensors:
 
 def family(artifact: Artifact) -> Family:
     return family_of(artifact.info["model"]["class"], str(artifact.path))
+
+
+def checkpoint_of(source: Artifact) -> Checkpoint:
+    """Opens the checkpoint a Quantized artifact was made of, and makes sure that it is still the same."""
+    model = source.info["model"]
+    found = open_checkpoint(model["name"], seed=model["weights_seed"] or 0, steps=source.info["sampler"]["steps"])
+    if found.digest != source.manifest["made_from"]["model"]:
+        raise UserError(
+            f"model {model['name']!r} changed since {source.path} was made from it",
+            fix="run again, so that engines and reference are of the same model",
+        )
+    return found
 
 
 def specs(artifact: Artifact) -> dict[str, LayerSpec]:

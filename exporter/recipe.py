@@ -79,6 +79,8 @@ class Recipe:
 
     def assign(self, layers: Sequence[str], blocks: Collection[str]) -> dict[str, Rule]:
         """Returns each layer's first matching rule; a layer or a rule without a match is an error."""
+        if not layers:
+            raise UserError("the model has no Linear or Conv2d layer", fix="there is nothing to quantize in it")
         assigned = {
             path: next((r for r in self.rules if r.matches(path, _within(path, blocks))), None) for path in layers
         }
@@ -125,10 +127,10 @@ def load(name: str) -> Recipe:
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes", fix="a recipe is a short text file")
-        source = tomllib.loads(path.read_text())
+        source = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: cannot be read ({error})", fix="check the path") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"recipe {path}: not valid TOML ({error})", fix="mend the line it names") from error
     return parse(path.stem, source)
 
@@ -154,7 +156,7 @@ def _calibration(table: Mapping[str, Any], where: str) -> CalibrationSpec:
     steps = table.get("record_steps")
     if steps is None:
         return CalibrationSpec(samples)
-    if not isinstance(steps, list) or not steps or not all(isinstance(s, int) and s >= 0 for s in steps):
+    if not isinstance(steps, list) or not steps or not all(type(s) is int and s >= 0 for s in steps):
         raise UserError(f"{where}: record_steps = {steps!r}", fix="write a list of steps, e.g. [0, 5]")
     return CalibrationSpec(samples, tuple(sorted(set(steps))))
 
@@ -200,14 +202,14 @@ def _weight(table: Any, where: str) -> WeightSpec:
         raise unknown("granularity", str(granularity), GRANULARITIES, where)
     if (granularity == "block") != ("block_size" in table):
         raise UserError(f"{where}: block_size goes with granularity block", fix="write both or neither")
-    block_size = _integer(table, "block_size", where, default=0, least=0)
+    block_size = _integer(table, "block_size", where, default=0, least=1 if granularity == "block" else 0)
     return WeightSpec(_format(table, where), cast(Literal["tensor", "channel", "block"], granularity), block_size)
 
 
 def _activation(table: Any, where: str) -> ActivationSpec:
     _known(table, ("format", "observer", *_FORMAT_KEYS), where)
     observer = table.get("observer", "absmax")
-    if observer not in observers.OBSERVERS:
+    if not isinstance(observer, str) or observer not in observers.OBSERVERS:
         raise unknown("observer", str(observer), observers.OBSERVERS, where)
     return ActivationSpec(_format(table, where), observer)
 

@@ -13,9 +13,9 @@ from engines import artifacts, backends
 from engines.artifacts import Artifact, Json, digest_file
 from engines.build import build
 from engines.errors import UserError
-from exporter import bench, progress
+from exporter import bench, progress, quantized
 from exporter.calibrate import calibrate
-from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.checkpoint import Checkpoint
 from exporter.lower import DTYPES, lower
 from exporter.quantize import layer_specs, quantize
 from exporter.recipe import Recipe
@@ -131,19 +131,7 @@ def open_run(out: Path) -> tuple[Checkpoint, Run]:
     graphs = {d: artifacts.open_artifact(out / "graph" / d, "graph") for d in DTYPES if (out / "graph" / d).is_dir()}
     folders = sorted((out / "engines").glob("*")) if (out / "engines").is_dir() else []
     engines = {f.name: artifacts.open_artifact(f, "engine") for f in folders if f.name in backends.names()}
-    return checkpoint_of(source), Run(source, graphs, engines)
-
-
-def checkpoint_of(source: Artifact) -> Checkpoint:
-    """Opens the checkpoint a Quantized artifact was made of, and makes sure it is still the same."""
-    model = source.info["model"]
-    found = open_checkpoint(model["name"], seed=model["weights_seed"] or 0, steps=source.info["sampler"]["steps"])
-    if found.digest != source.manifest["made_from"]["model"]:
-        raise UserError(
-            f"model {model['name']!r} changed since {source.path} was made from it",
-            fix="run again, so that engines and reference are of the same model",
-        )
-    return found
+    return quantized.checkpoint_of(source), Run(source, graphs, engines)
 
 
 def locked(out: Path) -> contextlib.AbstractContextManager[Any]:

@@ -93,7 +93,8 @@ def lowering_rows(runner: Runner, engine: Artifact, reference: Mapping[str, torc
                 "step": step,
                 "sqnr_db": finite(sqnr_db(expected, output)),
                 "floor_db": finite(floor_db(reference, step, dtype)),
-                "max_abs": float((expected - output).abs().max()),
+                "max_abs": finite(float((expected - output).abs().max())),
+                "not_finite": not_finite(output),
             }
         )
     return rows
@@ -165,7 +166,11 @@ class _StepErrors:
 
     def rows(self, runner: str) -> list[Json]:
         return [
-            {"runner": runner, "step": step, "sqnr_db": 10 * math.log10(signal / noise) if noise else None}
+            {
+                "runner": runner,
+                "step": step,
+                "sqnr_db": 10 * math.log10(signal / noise) if 0 < noise < math.inf else None,
+            }
             for step, (signal, noise) in self._sums.items()
         ]
 
@@ -175,6 +180,7 @@ def image_scores(checkpoint: Checkpoint, runner: str, reference: torch.Tensor, o
     data_range = 2.0 if checkpoint.in_pixels else float(reference.max() - reference.min())
     mean, interval = mean_ci95(psnr_db(reference, other, data_range))
     scores: Json = {"runner": runner, "n": len(reference), "psnr_db": {"mean": mean, "ci95": interval}}
+    scores["not_finite"] = not_finite(other)
     scores["task_score"] = None
     labels = checkpoint.family.labels(checkpoint.config, [SEED_OFFSET + i for i in range(len(reference))])
     if checkpoint.task_net and labels is not None:
@@ -207,7 +213,7 @@ def checks(report: Json, run: Run) -> list[Json]:
     found = [
         check(
             f"lowering {row['backend']} step {row['step']} under its floor",
-            _under(row["floor_db"], row["sqnr_db"], row["dtype"]),
+            math.inf if row["not_finite"] else _under(row["floor_db"], row["sqnr_db"], row["dtype"]),
             "dB",
             FLOOR_MARGIN_DB,
         )
@@ -218,6 +224,8 @@ def checks(report: Json, run: Run) -> list[Json]:
         found.append(
             check(f"weights of {row['backend']} beyond the graph's", row["weight_bytes"] / graph - 1, "", 0.03)
         )
+    images = report["accuracy"]["images"]
+    found.append(check(f"NaN or infinite values in the images of {images['runner']}", images["not_finite"], "", 0))
     if score := report["accuracy"]["images"]["task_score"]:
         found.append(check("class accuracy lost", score["float"] - score["quantized"], "", ACCURACY_MARGIN))
     return found
@@ -241,6 +249,11 @@ def _under(floor: float | None, value: float | None, dtype: str) -> float:
     if dtype == "fp32":
         floor = min(floor, FP32_AGREEMENT_DB + FLOOR_MARGIN_DB)
     return floor - value
+
+
+def not_finite(tensor: torch.Tensor) -> int:
+    """Returns how many values are NaN or infinite."""
+    return int((~tensor.isfinite()).sum())
 
 
 def finite(value: float) -> float | None:

@@ -48,22 +48,35 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             raise broken(f"{size} bytes are too few for its header of {length} bytes")
         try:
             header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise broken(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise broken(f"its header is a {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
-    end = 0
     for name, entry in header.items():
-        try:
-            first, last = entry["data_offsets"]
-            want = math.prod(entry["shape"]) * BITS[entry["dtype"]] // 8
-        except (KeyError, TypeError, ValueError) as error:
-            raise broken(f"tensor {name!r} has a malformed entry {entry!r}") from error
-        if last - first != want or first < 0:
+        if not _well_formed(entry):
+            raise broken(f"tensor {name!r} has a malformed entry {str(entry)[:200]}")
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        want = math.prod(entry["shape"]) * BITS[entry["dtype"]] // 8
+        if last - first != want:
             raise broken(f"tensor {name!r} claims {last - first} bytes where its shape {entry['shape']} needs {want}")
-        end = max(end, last)
+        if first != end:
+            raise broken(f"tensor {name!r} starts at byte {first} where the one before it ends at {end}")
+        end = last
     if 8 + length + end != size:
         raise broken(f"holds {size} bytes where its header promises {8 + length + end}")
     return header
+
+
+def _well_formed(entry: object) -> bool:
+    if not isinstance(entry, dict) or entry.get("dtype") not in list(BITS):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(value) is int and value >= 0 for value in (*shape, *offsets))
 
 
 class SafetensorsWeights:
@@ -71,7 +84,7 @@ class SafetensorsWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {name: inside(folder, file) for name, file in self._find().items()}
+        self._files = {name: inside(folder, file, links=True) for name, file in self._find().items()}
         files = sorted(set(self._files.values()))
         self._headers = {file: read_header(file) for file in files}
         for name, file in self._files.items():
@@ -86,9 +99,10 @@ class SafetensorsWeights:
             index = self.folder / f"{stem}.safetensors.index.json"
             if index.is_file():
                 table = read_json(index).get("weight_map")
-                if not isinstance(table, dict):
-                    raise UserError(f"{index}: has no weight_map", fix="copy the model again")
-                if missing := [f for f in sorted(set(table.values())) if not inside(self.folder, f).is_file()]:
+                if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+                    raise UserError(f"{index}: has no weight_map of names to files", fix="copy the model again")
+                files = sorted(set(table.values()))
+                if missing := [f for f in files if not inside(self.folder, f, links=True).is_file()]:
                     raise UserError(
                         f"{self.folder}: lacks {missing[0]}", fix="copy the model again, with all its shards"
                     )

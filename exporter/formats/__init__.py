@@ -65,4 +65,7 @@ def load(name: str, options: Mapping[str, Any], where: str) -> Format:
     missing = [key for key in known if key not in options]
     if missing:
         raise UserError(f"{where}: format {name!r} lacks {', '.join(missing)}", fix=f"write {missing[0]} = NUMBER")
-    return cast(Format, cls(**options))
+    try:
+        return cast(Format, cls(**options))
+    except UserError as error:
+        raise UserError(f"{where}: {error.what}", fix=error.fix) from error

@@ -34,11 +34,6 @@ class Format:
                 f"fp format with {self.exponent_bits} exponent and {self.mantissa_bits} mantissa bits",
                 fix="use exponent_bits ≥ 1 and mantissa_bits ≥ 0 with at most 7 together",
             )
-        if self.exponent_bits > 6:
-            raise UserError(
-                f"fp format with {self.exponent_bits} exponent bits reaches below what fp32 holds",
-                fix="use exponent_bits ≤ 6",
-            )
 
     @property
     def bits(self) -> int:
@@ -87,7 +82,7 @@ class Format:
         return float(self.values[self._last_code])
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        rounded = self.round(x.float())
+        rounded = self.round(x).float()
         magnitude = rounded.abs()
         _, exponent = torch.frexp(magnitude)  # magnitude = f · 2^exponent, f in [0.5, 1)
         exponent = torch.where(magnitude > 0, exponent - 1 + self.bias, 0).clamp_(
@@ -110,9 +105,16 @@ class Format:
         return codes.float()
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype in (torch.float16, torch.bfloat16):  # E6 and E5M0 reach beyond fp16
+            return self.round(x.float()).to(x.dtype)
         # frexp is exact where log2-then-floor is not: facts.md section 5.
         x = x.clamp(-self.max_value, self.max_value)
         _, exponent = torch.frexp(x)
         lowest = 1 - self.bias
         step = torch.ldexp(torch.ones_like(x), (exponent - 1).clamp_(min=lowest) - self.mantissa_bits)
-        return (x / step).round_().mul_(step).clamp_(-self.max_value, self.max_value)
+        units = x / step
+        rounded = units.round()
+        if self.mantissa_bits == 0:  # codes are exponents: 1.5 units lie between codes e and e + 1, and ties go to even
+            even = ((exponent - 1).clamp(min=lowest) + self.bias) % 2 == 0
+            rounded = torch.where((units.abs() == 1.5) & even, units.sign(), rounded)
+        return rounded.mul_(step).clamp_(-self.max_value, self.max_value)

@@ -98,6 +98,9 @@ def write(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
     for node in model.graph:
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.metadata_props.clear()
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None  # the exporter's own may be wrong: facts.md section 3

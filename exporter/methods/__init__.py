@@ -58,4 +58,7 @@ def options(name: str, values: Mapping[str, Any], where: str) -> Any:
             raise unknown("key", key, known, where)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise UserError(f"{where}: {key} = {value!r} is not a number", fix=f"the default is {known[key].default}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error.what}", fix=error.fix) from error
