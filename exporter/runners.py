@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from engines.runner import Feeds
 from exporter.models import Family
 from exporter.modules import StepContext
+
+
+class WideSums(TorchFunctionMode):
+    """Sums fp16 products in fp32 and rounds once, as GPUs do; a CPU without fp16 units is also far faster that way."""
+
+    FUNCTIONS = (F.linear, F.conv2d, F.scaled_dot_product_attention)
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in self.FUNCTIONS or args[0].dtype != torch.float16:
+            return func(*args, **kwargs)
+        wide_args, wide_kwargs = tree_map(_widened, (args, dict(kwargs)))
+        return func(*wide_args, **wide_kwargs).to(torch.float16)
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float16 else value
 
 
 class TorchRunner:
@@ -37,5 +60,6 @@ class TorchRunner:
         """Runs numpy arrays or tensors; returns the outputs in this runner's own type."""
         tensors = {n: torch.as_tensor(v) for n, v in feeds.items() if n != "step"}
         tensors = {n: t.to(self._dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-        with torch.no_grad(), self._steps.at(torch.as_tensor(feeds["step"]) if "step" in feeds else None):
+        step = torch.as_tensor(feeds["step"]) if "step" in feeds else None
+        with torch.no_grad(), self._steps.at(step), WideSums():
             return {self._family.OUTPUT: self._family.call(self._model, tensors)}

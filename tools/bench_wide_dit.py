@@ -59,10 +59,10 @@ def main(out: Path, recipes: tuple[str, ...], batch: int, threads: int) -> None:
     base = next(row["ms_p50"] for row in rows if row["runner"] == "float")
     for row in rows:
         row["ratio"] = base / row["ms_p50"]
-    click.echo(json.dumps({"cpu": _cpu(), "threads": threads, "rows": rows}, indent=1))
+    click.echo(json.dumps({"cpu": cpu(), "threads": threads, "rows": rows}, indent=1))
 
 
-def _cpu() -> str:
+def cpu() -> str:
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor()
