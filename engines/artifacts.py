@@ -224,10 +224,10 @@ class Draft:
 
 
 @contextlib.contextmanager
-def drafting(path: Path, request: Request) -> Iterator[Draft]:
+def drafting(path: Path, request: Request, *, resumable: bool = False) -> Iterator[Draft]:
     """Yields a draft in a hidden sibling folder and, on success, renames it to `path`; on an error removes it.
 
-    A draft of the same request that a kill or Ctrl-C left behind is handed back, for stages that can use its files.
+    A `resumable` draft survives a kill or Ctrl-C and is handed back, files and all, to the same request.
     """
     path = path.resolve()  # so that `.` has a name, and a link keeps pointing at what is written
     partial = path.with_name(f".{path.name}.partial")
@@ -235,7 +235,7 @@ def drafting(path: Path, request: Request) -> Iterator[Draft]:
         refuse_foreign(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         mark = partial / ".request"
-        resumed = mark.is_file() and mark.read_text(encoding="utf-8") == request.digest
+        resumed = resumable and mark.is_file() and mark.read_text(encoding="utf-8") == request.digest
         if not resumed:
             if partial.is_file():
                 partial.unlink()
@@ -247,10 +247,9 @@ def drafting(path: Path, request: Request) -> Iterator[Draft]:
         with writing_errors(path):
             yield draft
             _finish(draft, path, request, started)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if not (resumable and isinstance(error, KeyboardInterrupt)):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from engines import artifacts, backends
 from engines.artifacts import Artifact, Request
 from engines.errors import UserError
+from engines.plans import PLAN, constant_bytes, from_json
 from engines.version import code_version
 
 FAULT = 2  # the worker's exit code for a fault of the user's, told as JSON on its last line
@@ -29,13 +30,13 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None) -
         return made
     with artifacts.drafting(out, request) as draft:
         _run_worker(backend, graph, draft.path, target)
-        rows = json.loads((draft.path / "plan.json").read_text())
+        rows = from_json(json.loads((draft.path / PLAN).read_text(encoding="utf-8")))
         draft.info = {
             "backend": backend,
             "gpu": target,
             "dtype": graph.info["dtype"],
             "graph": graph.info,
-            "weight_bytes": sum(row["constant_bytes"] for row in rows),
+            "weight_bytes": constant_bytes(rows),
         }
     return artifacts.open_artifact(out, "engine")
 
@@ -44,7 +45,12 @@ def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None) ->
     command = [sys.executable, "-m", "engines.build", backend, str(graph.path.resolve()), str(folder.resolve())]
     lifeline, held = os.pipe()
     worker = subprocess.Popen(
-        [*command, gpu or ""], stdin=lifeline, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, gpu or ""],
+        stdin=lifeline,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is the parent's to handle
     )
     try:
         out, err = worker.communicate()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from engines.artifacts import Artifact, write_json
+
+PLAN = "plan.json"
 # Bits per element of every type a plan may name.
 BITS = {
     "fp64": 64, "fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "fp8_e5m2": 8, "fp4": 4,
@@ -28,6 +33,15 @@ class PlanRow:
 
     def to_json(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def read_plan(engine: Artifact) -> list[PlanRow]:
+    """Returns what an engine runs, as its backend found at the build."""
+    return from_json(json.loads(engine.file(PLAN).read_text(encoding="utf-8")))
+
+
+def write_plan(rows: Iterable[PlanRow], folder: Path) -> None:
+    write_json(folder / PLAN, [row.to_json() for row in rows])
 
 
 def from_json(rows: Iterable[dict[str, Any]]) -> list[PlanRow]:

@@ -124,7 +124,9 @@ class _Worker:
     def __init__(self, target: str, threads: int) -> None:
         self._target = target
         command = [sys.executable, "-m", "exporter.bench", target, str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )  # a session of its own: Ctrl-C is the parent's to handle, and the end of stdin ends the worker
 
     def ask(self, batch: int, calls: int) -> Json:
         """Has the runner called `calls` times, or with 0 for one turn; returns the times and the peak memory so far."""

@@ -30,7 +30,7 @@ def calibrate(
     request = Request("calibration", {"model": checkpoint.digest}, settings, versions("torch", "diffusers"))
     if (made := artifacts.current(out, request)) is not None:
         return made
-    with artifacts.drafting(out, request) as draft:
+    with artifacts.drafting(out, request, resumable=True) as draft:
         runner = TorchRunner("float", checkpoint.load(), checkpoint.family)
         batches = [range(first, min(first + BATCH, samples)) for first in range(0, samples, BATCH)]
         for number, indices in enumerate(progress.track(batches, len(batches), "calibrating (batches)")):

@@ -160,7 +160,21 @@ def _sampling(root: Path, folder: Path) -> tuple[Json, Json, tuple[str, ...]]:
         notes.append(f"{root} has no scheduler/: DDIM with diffusers' defaults is used")
     sampler: Json = {"steps": DEFAULT_STEPS, "guidance_scale": 1.0}
     if (root / "sampler.json").is_file():
-        sampler |= read_json(root / "sampler.json")
+        sampler |= _checked_sampler(root / "sampler.json")
     else:
         notes.append(f"{root} has no sampler.json: {DEFAULT_STEPS} steps without guidance are used (--steps)")
     return scheduler, sampler, tuple(notes)
+
+
+SAMPLER_KEYS = {"steps": (int,), "guidance_scale": (int, float), "pixels": (bool,), "task_net": (str,)}
+
+
+def _checked_sampler(path: Path) -> Json:
+    found = read_json(path)
+    for key, value in found.items():
+        if key not in SAMPLER_KEYS:
+            raise unknown("key", key, SAMPLER_KEYS, str(path))
+        if type(value) not in SAMPLER_KEYS[key]:
+            kinds = " or ".join(kind.__name__ for kind in SAMPLER_KEYS[key])
+            raise UserError(f"{path}: {key} = {value!r}", fix=f"write a value of type {kinds}")
+    return found

@@ -36,7 +36,12 @@ def scheduler_for(checkpoint: Checkpoint) -> Any:
     known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     if name not in known:
         raise unknown("scheduler", name, known, str(checkpoint.root))
-    scheduler = getattr(diffusers, name).from_config(checkpoint.scheduler)
+    try:
+        scheduler = getattr(diffusers, name).from_config(checkpoint.scheduler)
+    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"{checkpoint.root}: {name} refuses its config ({error})", fix="mend the scheduler's config"
+        ) from error
     steps = checkpoint.sampler["steps"]
     limit = int(scheduler.config.num_train_timesteps)
     if not isinstance(steps, int) or not 1 <= steps <= limit:

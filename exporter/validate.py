@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from engines import backends
 from engines.artifacts import Artifact, Json
-from engines.plans import constant_bytes, from_json
+from engines.plans import PLAN, constant_bytes, read_plan
 from engines.runner import Runner
 from exporter import progress, quantized
 from exporter.checkpoint import Checkpoint
@@ -193,14 +193,12 @@ def image_scores(checkpoint: Checkpoint, runner: str, reference: torch.Tensor, o
 
 
 def engine_row(name: str, engine: Artifact, folder: Path, refusals: Mapping[str, str]) -> Json:
-    import json
-
-    rows = from_json(json.loads(engine.file("plan.json").read_text()))
+    rows = read_plan(engine)
     return {
         "backend": name,
         "dtype": engine.info["dtype"],
         "path": engine.path.relative_to(folder).as_posix(),
-        "bytes": engine.bytes - engine.file("plan.json").stat().st_size,
+        "bytes": engine.bytes - engine.file(PLAN).stat().st_size,
         "weight_bytes": constant_bytes(rows),
         "gpu": engine.info["gpu"],
         "ran": name not in refusals,

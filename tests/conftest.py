@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -111,6 +110,6 @@ def engine_of(graph_of, artifacts_folder):
 @pytest.fixture(scope="session")
 def plan_of(engine_of):
     """Returns an engine's plan rows."""
-    from engines.plans import from_json
+    from engines.plans import read_plan
 
-    return lambda name, backend: from_json(json.loads(engine_of(name, backend).file("plan.json").read_text()))
+    return lambda name, backend: read_plan(engine_of(name, backend))

@@ -185,6 +185,20 @@ def test_json_is_one_document_and_nothing_else(cli, graph_of):
     assert json.loads(process.stdout)["kind"] == "graph"
 
 
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 3)])
+def test_a_report_that_failed_exits_with_3(passed, code, monkeypatch, tmp_path):
+    from click.testing import CliRunner
+
+    from exporter import cli as module
+    from exporter import run
+
+    monkeypatch.setattr(run, "run", lambda *arguments, **options: {"passed": passed})
+    arguments = ["run", "digits-dit", "--recipe", "fp8", "--out", str(tmp_path / "out"), "--json"]
+    finished = CliRunner().invoke(module.main, arguments)
+    assert finished.exit_code == code
+    assert json.loads(finished.stdout) == {"passed": passed}
+
+
 @pytest.mark.parametrize("what", ["models", "recipes", "formats", "methods", "backends"])
 def test_list_names_the_files_found(what, cli):
     process = cli("list", what)

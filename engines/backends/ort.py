@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import gpu as gpus
-from engines.artifacts import Artifact, Json, write_json
+from engines.artifacts import Artifact, Json
 from engines.errors import UserError
-from engines.plans import PlanRow, tensor_bytes
+from engines.plans import PlanRow, tensor_bytes, write_plan
 from engines.runner import Feeds
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def device() -> str:
 def build(model: Path, graph: Json, folder: Path, gpu: str | None) -> None:
     for file in sorted(model.parent.glob(f"{model.name}*")):  # the graph and its external data
         link_or_copy(file, folder / file.name)
-    write_json(folder / "plan.json", [row.to_json() for row in plan(folder / model.name, graph)])
+    write_plan(plan(folder / model.name, graph), folder)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from engines import gpu as gpus
-from engines.artifacts import Artifact, Json, write_json
+from engines.artifacts import Artifact, Json
 from engines.backends import _tensorrt
 from engines.errors import UserError, unknown
+from engines.plans import write_plan
 
 DTYPE = "fp16"
 DEFAULT_GPU = "sm89"  # Ada: the oldest that has every format of the shipped recipes
@@ -55,8 +56,7 @@ def build(model: Path, graph: Json, folder: Path, gpu: str | None) -> None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, (gpu or DEFAULT_GPU).upper()), 0)
 
-    rows = _tensorrt.build_engine(trt, model, graph, folder, configure)
-    write_json(folder / "plan.json", [row.to_json() for row in rows])
+    write_plan(_tensorrt.build_engine(trt, model, graph, folder, configure), folder)
 
 
 def cannot_run() -> str | None:

@@ -20,7 +20,7 @@ FILES = {"model.onnx": b"a graph", "sub/plan.json": b"{}", "empty": b""}
 
 
 def make(path: Path, request: Request = REQUEST, files: dict[str, bytes] = FILES, **info: object) -> Path:
-    with drafting(path, request) as draft:
+    with drafting(path, request, resumable=True) as draft:
         for name, content in files.items():
             (draft.path / name).parent.mkdir(exist_ok=True)
             (draft.path / name).write_bytes(content)
@@ -47,7 +47,7 @@ def names(folder: Path) -> list[str]:
 
 def fail(path: Path, error: BaseException, request: Request = REQUEST) -> None:
     """Starts an artifact, writes one file of it and raises."""
-    with drafting(path, request) as draft:
+    with drafting(path, request, resumable=True) as draft:
         (draft.path / "shard-0").write_bytes(b"done before the end")
         raise error
 
@@ -298,11 +298,22 @@ def test_an_interrupt_keeps_the_draft_and_the_same_request_gets_it_back(tmp_path
     path = tmp_path / "graph"
     interrupt(path)
     assert not path.exists()
-    with drafting(path, REQUEST) as draft:
+    with drafting(path, REQUEST, resumable=True) as draft:
         assert draft.resumed
         assert (draft.path / "shard-0").read_bytes() == b"done before the end"
         (draft.path / "shard-1").write_bytes(b"done after it")
     assert open_artifact(path, "graph").files() == ["shard-0", "shard-1"]
+    assert names(tmp_path) == ["graph"]
+
+
+def test_a_draft_that_cannot_be_resumed_starts_empty_after_a_kill_and_is_removed_by_an_interrupt(tmp_path):
+    path = tmp_path / "graph"
+    interrupt(path)  # what a kill leaves: a resumable draft's files, of the same request
+    with drafting(path, REQUEST) as draft:
+        assert [file.name for file in draft.path.iterdir()] == [".request"]
+    with pytest.raises(KeyboardInterrupt), drafting(tmp_path / "other", REQUEST) as draft:
+        (draft.path / "half").write_bytes(b"half")
+        raise KeyboardInterrupt
     assert names(tmp_path) == ["graph"]
 
 
@@ -317,7 +328,7 @@ def test_a_resumed_artifact_is_the_one_that_no_interrupt_met(tmp_path):
 def test_another_request_does_not_get_an_interrupted_draft(tmp_path):
     path = tmp_path / "graph"
     interrupt(path)
-    with drafting(path, OTHER) as draft:
+    with drafting(path, OTHER, resumable=True) as draft:
         assert not draft.resumed
         assert not (draft.path / "shard-0").exists()
         (draft.path / "model.onnx").write_bytes(b"")
@@ -325,7 +336,7 @@ def test_another_request_does_not_get_an_interrupted_draft(tmp_path):
 
 
 def test_a_first_draft_is_not_resumed(tmp_path):
-    with drafting(tmp_path / "graph", REQUEST) as draft:
+    with drafting(tmp_path / "graph", REQUEST, resumable=True) as draft:
         assert not draft.resumed
 
 
@@ -333,7 +344,7 @@ def test_an_interrupt_can_come_twice(tmp_path):
     path = tmp_path / "graph"
     interrupt(path)
     interrupt(path)
-    with drafting(path, REQUEST) as draft:
+    with drafting(path, REQUEST, resumable=True) as draft:
         assert draft.resumed
 
 
