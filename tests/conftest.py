@@ -9,6 +9,8 @@ import sys
 import pytest
 from common import ROOT, TINY
 
+import exporter  # noqa: F401  first of all: it sets how torch's threads wait
+
 
 @pytest.fixture(scope="session")
 def cli():

@@ -36,7 +36,7 @@ class Backend(Protocol):
         """Returns why engines of this backend cannot run on this machine, or None if they can."""
 
     def open_runner(self, engine: Artifact, threads: int = 0) -> Runner:
-        """Opens an engine; `threads` is for CPU backends, 0 leaves it to the library."""
+        """Opens an engine; on a CPU, with 0 `threads` as many as it has, sharing it; else that many, for themselves."""
 
 
 def names() -> list[str]:

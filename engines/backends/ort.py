@@ -75,6 +75,8 @@ def session_options(graph: Json, threads: int = 0) -> onnxruntime.SessionOptions
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    if not threads:  # threads that spin while they wait keep those of torch, or of another process, from running
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without it, x86 CPUs that have AVX2 but no VNNI add pairs of int8 products in saturating 16 bits: wrong sums.
     options.add_session_config_entry("session.x64quantprecision", "1")
     # MatMulNBits would otherwise quantize activations to int8, which no recipe asked for.
