@@ -150,7 +150,10 @@ def open_artifact(path: Path, kind: str) -> Artifact:
         )
     artifact = _read(path)
     if artifact.manifest["kind"] != kind:
-        raise UserError(f"{path}: is a {artifact.manifest['kind']}, not a {kind}", fix=f"give the folder of a {kind}")
+        raise UserError(
+            f"{path}: a folder of kind {artifact.manifest['kind']!r}, where one of kind {kind!r} is wanted",
+            fix=f"give the folder that the stage before wrote ({kind})",
+        )
     for name, entry in artifact.manifest["files"].items():
         file = inside(path, name)
         if not file.is_file():

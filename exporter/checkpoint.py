@@ -126,9 +126,6 @@ def open_checkpoint(spec: str, *, seed: int = 0, steps: int | None = None) -> Ch
         return _open(Path(spec.removeprefix("random:")), spec, steps, seed)
     if spec in shipped.names():
         return _open(shipped.folder(spec), spec, steps, None)
-    if not Path(spec).exists():
-        error = unknown("model", spec, shipped.names())
-        raise UserError(f"{error.what}, and no such folder", fix=f"{error.fix}; or give a diffusers folder")
     return _open(Path(spec), spec, steps, None)
 
 
@@ -144,13 +141,11 @@ def _open(root: Path, name: str, steps: int | None, weights_seed: int | None) ->
         raise UserError(f"{folder / 'config.json'}: has no _class_name", fix="give a diffusers model's config")
     family = family_of(config["_class_name"], str(folder / "config.json"))
     config = {k: v for k, v in config.items() if not k.startswith("_")}
-    scheduler, sampler, notes = _sampling(root, folder)
-    if steps is not None:
-        sampler["steps"] = steps
+    scheduler, sampler, notes = _sampling(root, steps)
     return Checkpoint(name, root, folder, config, family, scheduler, sampler, weights_seed, notes)
 
 
-def _sampling(root: Path, folder: Path) -> tuple[Json, Json, tuple[str, ...]]:
+def _sampling(root: Path, steps: int | None) -> tuple[Json, Json, tuple[str, ...]]:
     notes: list[str] = []
     path = root / "scheduler" / "scheduler_config.json"
     if path.is_file():
@@ -161,8 +156,10 @@ def _sampling(root: Path, folder: Path) -> tuple[Json, Json, tuple[str, ...]]:
     sampler: Json = {"steps": DEFAULT_STEPS, "guidance_scale": 1.0}
     if (root / "sampler.json").is_file():
         sampler |= _checked_sampler(root / "sampler.json")
-    else:
-        notes.append(f"{root} has no sampler.json: {DEFAULT_STEPS} steps without guidance are used (--steps)")
+    if steps is not None:
+        sampler["steps"] = steps
+    if not (root / "sampler.json").is_file():
+        notes.append(f"{root} has no sampler.json: {sampler['steps']} steps (--steps) without guidance are used")
     return scheduler, sampler, tuple(notes)
 
 

@@ -62,11 +62,17 @@ def run(
     as_json: bool,
 ) -> None:
     """Calibrate, quantize, lower, build and validate MODEL. Resumes where it was stopped."""
-    from exporter import run as runs
+    from engines.backends import load
     from exporter.lower import check_dtype
 
+    _check_model(model)
+    _check_recipe(recipe)
+    for name in backends:
+        load(name)
     if dtype is not None:
         check_dtype(dtype)
+    from exporter import run as runs
+
     opened = _checkpoint(model, steps, seed)
     report = runs.run(opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, seed=seed)
     _report(report, as_json, out)
@@ -202,27 +208,44 @@ def _names(what: str) -> list[str]:
         from calib_data import shipped
 
         return shipped.names()
-    if what == "recipes":
-        from exporter import recipe
-
-        return recipe.names()
     if what == "backends":
         from engines import backends
 
         return backends.names()
-    from exporter import formats, methods
+    from exporter import catalog
 
-    return formats.names() if what == "formats" else methods.names()
+    return catalog.recipes() if what == "recipes" else catalog.modules(what)
 
 
 def _checkpoint(model: str, steps: int | None, seed: int) -> Any:
     from exporter import progress
+
+    _check_model(model)
     from exporter.checkpoint import open_checkpoint
 
     opened = open_checkpoint(model, steps=steps, seed=seed)
     for note in opened.notes:
         progress.note(f"note: {note}")
     return opened
+
+
+def _check_model(model: str) -> None:
+    """Refuses a name that is neither shipped nor a folder at once, before torch is imported."""
+    from calib_data import shipped
+    from engines.errors import unknown
+
+    folder = Path(model.removeprefix("random:"))
+    if model not in shipped.names() and not folder.is_dir():
+        error = unknown("model", model, shipped.names())
+        raise UserError(f"{error.what}, and no such folder", fix=f"{error.fix}; or give a diffusers folder")
+
+
+def _check_recipe(name: str) -> None:
+    from engines.errors import unknown
+    from exporter import catalog
+
+    if not name.endswith(".toml") and name not in catalog.recipes():
+        raise unknown("recipe", name, catalog.recipes())
 
 
 def _recipe(name: str) -> Any:

@@ -11,11 +11,11 @@ from typing import Any, Literal, cast
 
 from engines.artifacts import digest_json
 from engines.errors import UserError, unknown
-from exporter import formats, methods, observers
+from exporter import catalog, formats, methods, observers
 from exporter.formats import Format
 from exporter.tensors import GRANULARITIES, Granularity
 
-FOLDER = Path(__file__).parent / "recipes"
+FOLDER = catalog.HERE / "recipes"
 MAX_RECIPE_BYTES = 1 << 20
 SCOPES = ("all", "blocks", "outside_blocks")
 _FORMAT_KEYS = ("bits", "exponent_bits", "mantissa_bits")
@@ -114,7 +114,7 @@ def _more(items: Sequence[object]) -> str:
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return catalog.recipes()
 
 
 def load(name: str) -> Recipe:
@@ -132,12 +132,12 @@ def load(name: str) -> Recipe:
         raise UserError(f"recipe {path}: cannot be read ({error})", fix="check the path") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"recipe {path}: not valid TOML ({error})", fix="mend the line it names") from error
-    return parse(path.stem, source)
+    return parse(path.stem, source, name)
 
 
-def parse(name: str, source: Mapping[str, Any]) -> Recipe:
-    """Builds a recipe from its parsed TOML."""
-    where = f"recipe {name!r}"
+def parse(name: str, source: Mapping[str, Any], given_as: str | None = None) -> Recipe:
+    """Builds a recipe from its parsed TOML; messages call it what the user called it."""
+    where = f"recipe {given_as or name!r}"
     _known(source, ("calibration", "rule"), where)
     rules = source.get("rule", [])
     if not isinstance(rules, list) or not rules:

@@ -14,6 +14,7 @@ from engines.artifacts import Json, writing_errors
 if TYPE_CHECKING:
     from rich.table import Table
 
+NOISY = 2  # p95 over p50: a choice; on an idle machine the two lie within half of each other
 PICTURES = 20  # columns of samples.png
 
 
@@ -54,6 +55,12 @@ def print_report(report: Json) -> None:
         if not check["passed"]:
             value = "no number" if check["value"] is None else f"{check['value']:.4g}"
             console.print(f"[red]failed[/] {check['name']}: {value} {check['unit']}, limit {check['limit']}")
+    noisy = [row["runner"] for row in report.get("throughput", []) if row["ms_p95"] > NOISY * row["ms_p50"]]
+    if noisy:
+        console.print(
+            f"times of {', '.join(dict.fromkeys(noisy))} are noisy (p95 over {NOISY} × p50: was the machine busy?); "
+            "`export-engine bench DIR` takes them again"
+        )
     passed = sum(check["passed"] for check in report["checks"])
     console.print(f"checks: {passed} of {len(report['checks'])} passed")
 

@@ -140,6 +140,8 @@ def locked(out: Path) -> contextlib.AbstractContextManager[Any]:
 
     with artifacts.writing_errors(out):
         artifacts.refuse_beneath_file(out)
+        if out.is_dir() and any(out.iterdir()) and not (out / ".lock").exists() and not (out / "quantized").exists():
+            raise UserError(f"{out}: is a folder that holds other things", fix="choose a new or an empty folder")
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock")
         try:

@@ -150,6 +150,19 @@ def test_a_folder_with_other_things_is_not_written_over(cli, tiny_folder, tmp_pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_into_a_folder_with_other_things_is_refused(cli, tiny_folder, tiny_recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    process = cli("run", tiny_folder, "--recipe", tiny_recipe, "--out", tmp_path / "out")
+    refused(process, "holds other things", str(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_stage_given_another_stages_folder_names_both_kinds(cli, graph_of, tmp_path):
+    process = cli("lower", graph_of("int8", "fp32").path, "--out", tmp_path / "out")
+    refused(process, "'graph'", "'quantized'")
+
+
 @pytest.mark.parametrize("limit", [20_000, 120_000])
 def test_a_full_disk_is_a_message_and_leaves_nothing_half_written(limit, cli, tiny_folder, tiny_recipe, tmp_path):
     """A file-size limit stands in for the disk: the first stops calibrate, the second quantize."""

@@ -6,7 +6,6 @@ Nothing here may use the builtin `int`: importing the module `int` of this packa
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Protocol, cast
@@ -14,6 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from engines.errors import UserError, unknown
+from exporter import catalog
 
 
 class Format(Protocol):
@@ -50,7 +50,7 @@ class Format(Protocol):
 
 
 def names() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return catalog.modules("formats")
 
 
 def load(name: str, options: Mapping[str, Any], where: str) -> Format:

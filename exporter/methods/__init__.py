@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from engines.errors import UserError, unknown
+from exporter import catalog
 from exporter.models import Fold
 from exporter.tensors import QuantizedTensor
 
@@ -40,7 +40,7 @@ class Method(Protocol):
 
 
 def names() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return catalog.modules("methods")
 
 
 def load(name: str) -> Method:

@@ -7,7 +7,6 @@ where a per-channel factor folds exactly, and how a sampler drives it.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from engines.errors import UserError
+from exporter import catalog
 
 Config = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ class Family(Protocol):
 
 
 def families() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return catalog.modules("models")
 
 
 def family_of(class_name: str, where: str) -> Family:

@@ -139,7 +139,7 @@ def test_a_folder_in_place_of_a_file_is_refused(made):
 
 
 def test_another_kind_is_refused(made):
-    with pytest.raises(UserError, match="is a graph, not a engine") as caught:
+    with pytest.raises(UserError, match="kind 'graph', where one of kind 'engine'") as caught:
         open_artifact(made, "engine")
     assert "engine" in caught.value.fix
 
