@@ -262,7 +262,7 @@ def test_a_fault_is_named_with_its_fix(load, fault):
 
 @pytest.mark.parametrize("fault", ["key of a weight", "format", "granularity", "alpha as a word", "bits too many"])
 def test_a_fault_in_a_rule_says_which_rule_it_is(load, fault):
-    with pytest.raises(UserError, match=r"mine\\.toml', rule 2"):
+    with pytest.raises(UserError, match=r"mine\.toml', rule 2"):
         load(REST + BAD[fault][0])
 
 
