@@ -27,7 +27,7 @@ keep = "float"
 """
 
 
-def refused(process, *words):
+def assert_refused(process, *words):
     """Asserts a refusal that says all `words`, with a fix."""
     assert process.returncode == 2, process.stderr
     assert "Traceback" not in process.stderr
@@ -37,7 +37,7 @@ def refused(process, *words):
     assert process.stdout == ""
 
 
-def leaves_nothing(folder):
+def assert_nothing_left(folder):
     left = [path.name for path in folder.rglob("*") if path.name not in (".lock",)] if folder.exists() else []
     assert left == []
 
@@ -56,16 +56,16 @@ def leaves_nothing(folder):
     ids=["model", "recipe", "backend", "gpu", "dtype", "steps", "folder"],
 )
 def test_unknown_names_are_refused_with_close_ones(arguments, words, cli, tmp_path):
-    refused(cli("run", *arguments, "--out", tmp_path / "out"), *words)
-    leaves_nothing(tmp_path / "out")
+    assert_refused(cli("run", *arguments, "--out", tmp_path / "out"), *words)
+    assert_nothing_left(tmp_path / "out")
 
 
 def test_fp8_for_a_gpu_without_it_names_the_layer_and_the_gpus_that_have_it(cli, tmp_path):
     process = cli(
         "run", "digits-dit", "--recipe", "fp8", "--backend", "trt-rtx", "--gpu", "sm80", "--out", tmp_path / "o"
     )
-    refused(process, "transformer_blocks.0", "fp8", "sm80", "sm89", "sm120")
-    leaves_nothing(tmp_path / "o")
+    assert_refused(process, "transformer_blocks.0", "fp8", "sm80", "sm89", "sm120")
+    assert_nothing_left(tmp_path / "o")
 
 
 @pytest.fixture
@@ -80,25 +80,29 @@ def weights_file(model):
 
 def test_a_folder_without_config_is_refused(cli, model, tiny_recipe, tmp_path):
     (model / "config.json").unlink()
-    refused(cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), "config.json", str(model))
+    assert_refused(cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), "config.json", str(model))
 
 
 def test_a_folder_without_weights_is_refused(cli, model, tiny_recipe, tmp_path):
     weights_file(model).unlink()
-    refused(cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), "weights", str(model), "random:")
+    assert_refused(
+        cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), "weights", str(model), "random:"
+    )
 
 
 def test_pickled_weights_are_never_read(cli, model, tiny_recipe, tmp_path):
     weights_file(model).rename(model / "diffusion_pytorch_model.bin")
-    refused(cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), "pickle", "safe_serialization")
+    assert_refused(
+        cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), "pickle", "safe_serialization"
+    )
 
 
 def test_a_truncated_weight_file_is_refused(cli, model, tiny_recipe, tmp_path):
     whole = weights_file(model).read_bytes()
     weights_file(model).write_bytes(whole[: len(whole) // 2])
     process = cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out")
-    refused(process, "diffusion_pytorch_model.safetensors", str(len(whole) // 2), "truncated")
-    leaves_nothing(tmp_path / "out")
+    assert_refused(process, "diffusion_pytorch_model.safetensors", str(len(whole) // 2), "truncated")
+    assert_nothing_left(tmp_path / "out")
 
 
 def test_a_weight_with_nan_is_named(cli, model, tiny_recipe, tmp_path):
@@ -106,14 +110,14 @@ def test_a_weight_with_nan_is_named(cli, model, tiny_recipe, tmp_path):
     tensors["transformer_blocks.1.ff.net.2.weight"][3, 5] = torch.nan
     save_file(tensors, weights_file(model))
     process = cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out")
-    refused(process, "transformer_blocks.1.ff.net.2.weight", "1 values that are NaN")
-    leaves_nothing(tmp_path / "out")
+    assert_refused(process, "transformer_blocks.1.ff.net.2.weight", "1 values that are NaN")
+    assert_nothing_left(tmp_path / "out")
 
 
 def test_a_class_no_family_serves_is_refused(cli, model, tiny_recipe, tmp_path):
     (model / "config.json").write_text(json.dumps(TINY | {"_class_name": "MysteryModel"}))
     process = cli("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out")
-    refused(process, "MysteryModel", "DiTTransformer2DModel")
+    assert_refused(process, "MysteryModel", "DiTTransformer2DModel")
 
 
 @pytest.mark.parametrize(
@@ -132,21 +136,21 @@ def test_recipe_faults_name_the_rule_and_the_layer(fields, words, cli, tiny_fold
         values["layers"] = "transformer_blocks.*.ff.*"
     recipe = tmp_path / "mine.toml"
     recipe.write_text(RECIPE.format(**values))
-    refused(cli("run", tiny_folder, "--recipe", recipe, "--out", tmp_path / "out"), *words)
-    leaves_nothing(tmp_path / "out")
+    assert_refused(cli("run", tiny_folder, "--recipe", recipe, "--out", tmp_path / "out"), *words)
+    assert_nothing_left(tmp_path / "out")
 
 
 def test_an_output_path_beneath_a_file_is_refused(cli, tiny_folder, tiny_recipe, tmp_path):
     (tmp_path / "file").write_text("mine")
     process = cli("run", tiny_folder, "--recipe", tiny_recipe, "--out", tmp_path / "file" / "out")
-    refused(process, str(tmp_path / "file"), "is a file")
+    assert_refused(process, str(tmp_path / "file"), "is a file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_with_other_things_is_not_written_over(cli, tiny_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    refused(cli("calibrate", tiny_folder, "--out", tmp_path / "out", "--samples", 1), "holds other things")
+    assert_refused(cli("calibrate", tiny_folder, "--out", tmp_path / "out", "--samples", 1), "holds other things")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
@@ -154,13 +158,13 @@ def test_a_run_into_a_folder_with_other_things_is_refused(cli, tiny_folder, tiny
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     process = cli("run", tiny_folder, "--recipe", tiny_recipe, "--out", tmp_path / "out")
-    refused(process, "holds other things", str(tmp_path / "out"))
+    assert_refused(process, "holds other things", str(tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
 def test_a_stage_given_another_stages_folder_names_both_kinds(cli, graph_of, tmp_path):
     process = cli("lower", graph_of("int8", "fp32").path, "--out", tmp_path / "out")
-    refused(process, "'graph'", "'quantized'")
+    assert_refused(process, "'graph'", "'quantized'")
 
 
 @pytest.mark.parametrize("limit", [20_000, 120_000])
@@ -177,7 +181,7 @@ def test_a_full_disk_is_a_message_and_leaves_nothing_half_written(limit, cli, ti
         tmp_path / "out",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    refused(process, "could not be written", "File too large", "ulimit")
+    assert_refused(process, "could not be written", "File too large", "ulimit")
     partial = [path for path in (tmp_path / "out").rglob("*") if "partial" in path.name]
     assert partial == []
 
@@ -188,8 +192,8 @@ def test_a_graph_that_changed_after_it_was_made_is_refused(cli, graph_of, tmp_pa
     data[len(data) // 2] ^= 1
     (graph / "model.onnx").write_bytes(data)
     process = cli("build", graph, "--backend", "ort", "--out", tmp_path / "engine")
-    refused(process, "model.onnx", "sha256", "make it again")
-    leaves_nothing(tmp_path / "engine")
+    assert_refused(process, "model.onnx", "sha256", "make it again")
+    assert_nothing_left(tmp_path / "engine")
 
 
 def test_json_is_one_document_and_nothing_else(cli, graph_of):
