@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from common import ROOT, TINY
+from filelock import FileLock
 
 import exporter  # noqa: F401  first of all: it sets how torch's threads wait
 
@@ -69,14 +71,25 @@ def checkpoint():
 
 @pytest.fixture(scope="session")
 def artifacts_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("artifacts")
+    """A folder that all test processes share: a stage that one of them ran is up to date for the others."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(stage, *arguments, out, **options):
+    """Runs a stage into `out`, unless another process is just doing so: then waits, and finds it up to date."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.with_name(f"{out.name}.lock")):
+        return stage(*arguments, out=out, **options)
 
 
 @pytest.fixture(scope="session")
 def calibration(checkpoint, artifacts_folder):
     from exporter.calibrate import calibrate
 
-    return calibrate(checkpoint, artifacts_folder / "calibration", samples=64)
+    return once(calibrate, checkpoint, out=artifacts_folder / "calibration", samples=64)
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +98,9 @@ def quantized_of(checkpoint, calibration, artifacts_folder):
     from exporter.quantize import quantize
     from exporter.recipe import load
 
-    return lambda name: quantize(checkpoint, load(name), calibration, artifacts_folder / name / "quantized")
+    return cache(
+        lambda name: once(quantize, checkpoint, load(name), calibration, out=artifacts_folder / name / "quantized")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +108,9 @@ def graph_of(quantized_of, artifacts_folder):
     """Returns the graph of a recipe in a float type, made when first asked for."""
     from exporter.lower import lower
 
-    return lambda name, dtype: lower(quantized_of(name), artifacts_folder / name / "graph" / dtype, dtype=dtype)
+    return cache(
+        lambda name, dtype: once(lower, quantized_of(name), out=artifacts_folder / name / "graph" / dtype, dtype=dtype)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -102,9 +119,10 @@ def engine_of(graph_of, artifacts_folder):
     from engines import backends
     from engines.build import build
 
+    @cache
     def get(name: str, backend: str):
         graph = graph_of(name, backends.load(backend).DTYPE)
-        return build(graph, backend, artifacts_folder / name / "engines" / backend, gpu="sm89")
+        return once(build, graph, backend, out=artifacts_folder / name / "engines" / backend, gpu="sm89")
 
     return get
 

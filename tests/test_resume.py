@@ -97,7 +97,11 @@ def test_a_run_killed_in_every_stage_ends_like_an_undisturbed_one(tiny_folder, s
 def test_ctrl_c_stops_cleanly_and_what_is_finished_is_kept(tiny_folder, slow_recipe, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        command(tiny_folder, slow_recipe, out), env=environment(), stderr=subprocess.PIPE, text=True
+        command(tiny_folder, slow_recipe, out),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     while not (out / STAGES["quantize"]).exists():
         assert process.poll() is None

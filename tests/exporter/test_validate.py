@@ -1,0 +1,58 @@
+"""What decides `passed`: NaN always fails, a floor is kept to, and what cannot matter is let pass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from exporter.metrics import sqnr_db
+from exporter.validate import _under, check, finite, lowering_rows
+
+
+def row(sqnr, floor, dtype="fp16"):
+    return {"sqnr_db": sqnr, "floor_db": floor, "dtype": dtype}
+
+
+@pytest.mark.parametrize(
+    ("sqnr", "floor", "dtype", "quantization", "passes"),
+    [
+        (47.1, 50.0, "fp32", 40.0, True),  # within the margin
+        (46.9, 50.0, "fp32", 40.0, False),  # beyond it
+        (61.0, 140.0, "fp32", 40.0, True),  # a flipped code, 21 dB below the quantization error
+        (59.0, 140.0, "fp32", 40.0, False),  # not as far below it
+        (121.0, 138.0, "fp32", None, True),  # two orders of summation in fp32
+        (119.0, 138.0, "fp32", None, False),
+        (121.0, 138.0, "fp16", None, False),  # of no meaning for fp16
+        (None, None, "fp32", None, True),  # equal bit for bit
+        (50.0, None, "fp16", None, False),  # a floor of equal models leaves no room
+    ],
+)
+def test_an_engine_keeps_to_its_floor_or_to_what_cannot_matter(sqnr, floor, dtype, quantization, passes):
+    assert check("lowering", _under(row(sqnr, floor, dtype), quantization), "dB", 3.0)["passed"] == passes
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_engine_that_gives_nan_or_infinity_is_counted_and_cannot_pass(bad, monkeypatch):
+    class Broken:
+        name = "broken"
+
+        def run(self, feeds):
+            return {"sample": torch.tensor([[1.0, bad]]).numpy()}
+
+    reference = {
+        "0/feeds/x": torch.zeros(1, 1),
+        "0/quantized": torch.ones(1, 2),
+        "0/quantized_fp64": torch.full((1, 2), 1.001),
+    }
+    engine = type("Engine", (), {"info": {"dtype": "fp32"}})
+    (found,) = lowering_rows(Broken(), engine, reference)
+    assert found["not_finite"] == 1
+    assert found["sqnr_db"] is None
+    assert finite(sqnr_db(torch.ones(2), torch.tensor([1.0, bad]))) is None
+
+
+def test_a_value_that_is_no_number_fails_its_check():
+    assert not check("x", math.nan, "", 1.0)["passed"]
+    assert not check("x", math.inf, "", 1.0)["passed"]
