@@ -29,8 +29,8 @@ FLOOR_MARGIN_DB = 3.0  # how far under the rounding floor an engine may fall: tw
 # may lie some dB below: ONNX Runtime sums the 192 products behind an output of digits-dit one after the other, where
 # torch sums them in lanes, and agrees to 125 … 131 dB under a floor of 127 … 138 dB. Anything above this is agreement.
 FP32_AGREEMENT_DB = 120.0
-# A small model flips few codes, perhaps none where its floor is measured and one in the engine: far under the floor, yet
-# without consequence. What lies this far below the quantization error itself, a hundredth of its power, is let pass.
+# A small model flips few codes, perhaps none where its floor is measured and one in the engine: far under the floor,
+# yet without consequence. What lies this far below the quantization error, a hundredth of its power, is let pass.
 NEGLIGIBLE_DB = 20.0
 ACCURACY_MARGIN = 0.01  # of the float model's class accuracy
 
