@@ -54,11 +54,9 @@ def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None) ->
     )
     try:
         out, err = worker.communicate()
-    except BaseException:
-        worker.kill()
-        worker.wait()
-        raise
     finally:
+        worker.kill()  # after Ctrl-C or an error; one that has ended is left alone
+        worker.wait()
         os.close(lifeline)
         os.close(held)
     if worker.returncode == FAULT and out.strip():
