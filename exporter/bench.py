@@ -71,24 +71,22 @@ def targets_of(folder: Path) -> dict[str, str]:
     raise UserError(f"{folder}: a {kind} cannot be timed", fix="give a RUN, GRAPH or ENGINE folder")
 
 
-def open_target(target: str, threads: int) -> tuple[Runner, list[Json]]:
-    """Opens `float:RUN`, `quantized:RUN`, `graph:DIR` or `engine:DIR`; returns the runner and the graph's inputs."""
+def open_target(target: str, threads: int) -> tuple[Runner, Json]:
+    """Opens `float:RUN`, `quantized:RUN`, `graph:DIR` or `engine:DIR`; returns the runner, and its inputs and axes."""
     kind, _, path = target.partition(":")
     folder = Path(path)
     if kind == "engine":
         engine = artifacts.open_artifact(folder, "engine")
-        return backends.load(engine.info["backend"]).open_runner(engine, threads), engine.info["graph"]["inputs"]
+        return backends.load(engine.info["backend"]).open_runner(engine, threads), engine.info["graph"]
     if kind == "graph":
         from engines.backends import ort
 
         graph = artifacts.open_artifact(folder, "graph")
-        return ort.OrtRunner(ort.open_session(graph.file("model.onnx"), graph.info, threads=threads)), graph.info[
-            "inputs"
-        ]
+        return ort.OrtRunner(ort.open_session(graph.file("model.onnx"), graph.info, threads=threads)), graph.info
     return _torch_target(kind, folder, threads)
 
 
-def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, list[Json]]:
+def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, Json]:
     import torch
 
     from exporter import quantized
@@ -98,19 +96,22 @@ def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, list[J
     source = artifacts.open_artifact(folder / "quantized", "quantized")
     checkpoint = quantized.checkpoint_of(source)
     model = checkpoint.load() if kind == "float" else quantized.load(source)
-    specs = checkpoint.family.inputs(checkpoint.config)
+    family = checkpoint.family
     inputs = [
-        {"name": s.name, "dtype": "fp32" if s.dtype == "float" else s.dtype, "shape": list(s.shape)} for s in specs
+        {"name": s.name, "dtype": "fp32" if s.dtype == "float" else s.dtype, "shape": list(s.shape)}
+        for s in family.inputs()
     ]
-    return TorchRunner(kind, model, checkpoint.family), inputs
+    axes = {name: axis.to_json() for name, axis in family.axes().items()}
+    return TorchRunner(kind, model, family), {"inputs": inputs, "axes": axes}
 
 
-def random_feeds(inputs: Sequence[Json], batch: int) -> dict[str, Any]:
-    """Returns seeded feeds of the right shapes: noise for floats, small indices for integers."""
+def random_feeds(graph: Json, batch: int) -> dict[str, Any]:
+    """Returns seeded feeds of the shapes an engine is built for: noise for floats, small indices for integers."""
     generator = np.random.default_rng(0)
+    sizes = {name: axis["opt"] for name, axis in graph["axes"].items()} | {"batch": batch}
     feeds: dict[str, Any] = {}
-    for entry in inputs:
-        shape = [batch if isinstance(d, str) else d for d in entry["shape"]]
+    for entry in graph["inputs"]:
+        shape = [sizes[d] if isinstance(d, str) else d for d in entry["shape"]]
         if entry["dtype"].startswith("int"):
             feeds[entry["name"]] = generator.integers(0, 2, shape).astype(entry["dtype"])
         else:
@@ -154,10 +155,10 @@ def _times(runner: Runner, feeds: Feeds, calls: int) -> list[float]:
 
 
 def _worker(target: str, threads: str) -> None:
-    runner, inputs = open_target(target, int(threads))
+    runner, graph = open_target(target, int(threads))
     for line in sys.stdin:
         batch, calls = map(int, line.split())
-        times = _times(runner, random_feeds(inputs, batch), calls)
+        times = _times(runner, random_feeds(graph, batch), calls)
         print(json.dumps({"ms": times, "peak_rss_bytes": peak_rss_bytes()}), flush=True)
 
 

@@ -9,42 +9,72 @@ import numpy as np
 
 from calib_data.store import ShardWriter, shard_name
 from engines import artifacts
-from engines.artifacts import Artifact, Draft, Request
+from engines.artifacts import Artifact, Draft, Request, digest_json
 from engines.errors import UserError
 from engines.runner import Runner
 from exporter import progress
 from exporter.checkpoint import Checkpoint
+from exporter.conditions import Conditions, calibration_entries
 from exporter.runners import TorchRunner
 from exporter.sampling import denoise, timesteps
 from exporter.versions import versions
 
-BATCH = 16  # trajectories per shard: bounds the memory that one shard takes while it is recorded
+BATCH = 16  # trajectories per shard, at most: bounds the memory that one shard takes while it is recorded
 
 
 def calibrate(
-    checkpoint: Checkpoint, out: Path, *, samples: int, seed: int = 0, record_steps: Sequence[int] | None = None
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    samples: int,
+    seed: int = 0,
+    record_steps: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Artifact:
-    """Records `samples` trajectories, at every step unless `record_steps` lists some."""
+    """Records `samples` trajectories, at every step unless `record_steps` lists some; `prompts` are the user's own."""
     steps = _record_steps(checkpoint, record_steps)
-    settings = {"samples": samples, "seed": seed, "record_steps": steps, "batch": BATCH}
-    request = Request("calibration", {"model": checkpoint.digest}, settings, versions("torch", "diffusers"))
+    entries = calibration_entries(checkpoint, prompts)
+    request = request_for(checkpoint, samples=samples, seed=seed, record_steps=record_steps, prompts=prompts)
     if (made := artifacts.current(out, request)) is not None:
         return made
     with artifacts.drafting(out, request, resumable=True) as draft:
+        conditions = Conditions(checkpoint, entries)
+        conditions.read(range(samples))
         runner = TorchRunner("float", checkpoint.load(), checkpoint.family)
-        batches = [range(first, min(first + BATCH, samples)) for first in range(0, samples, BATCH)]
+        rows = checkpoint.family.rows(BATCH)
+        batches = [range(first, min(first + rows, samples)) for first in range(0, samples, rows)]
         for number, indices in enumerate(progress.track(batches, len(batches), "calibrating (batches)")):
             if not (draft.path / shard_name(number)).exists():  # a kill left it, whole
-                _record(runner, checkpoint, indices, seed, steps, draft, number)
+                _record(runner, checkpoint, conditions, indices, seed, steps, draft, number)
         draft.info = {
             "model": checkpoint.name,
             "samples": samples,
             "seed": seed,
             "timesteps": timesteps(checkpoint),  # position = step
             "record_steps": steps,
+            "entries": entries,
             "sampler": checkpoint.sampler,
         }
     return artifacts.open_artifact(out, "calibration")
+
+
+def request_for(
+    checkpoint: Checkpoint,
+    *,
+    samples: int,
+    seed: int,
+    record_steps: Sequence[int] | None,
+    prompts: Sequence[str] | None,
+) -> Request:
+    """Returns what identifies a calibration set: equal requests, equal sets, whatever the recipe."""
+    settings = {
+        "samples": samples,
+        "seed": seed,
+        "record_steps": _record_steps(checkpoint, record_steps),
+        "batch": checkpoint.family.rows(BATCH),
+        "entries": digest_json(calibration_entries(checkpoint, prompts)),
+    }
+    return Request("calibration", {"model": checkpoint.digest}, settings, versions("torch", "diffusers"))
 
 
 def _record_steps(checkpoint: Checkpoint, wanted: Sequence[int] | None) -> list[int]:
@@ -58,6 +88,7 @@ def _record_steps(checkpoint: Checkpoint, wanted: Sequence[int] | None) -> list[
 def _record(
     runner: Runner,
     checkpoint: Checkpoint,
+    conditions: Conditions,
     indices: Sequence[int],
     seed: int,
     steps: Sequence[int],
@@ -65,7 +96,7 @@ def _record(
     number: int,
 ) -> None:
     shard = ShardWriter(draft.path, number)
-    for call in denoise(runner, checkpoint, indices, seed):
+    for call in denoise(runner, checkpoint, conditions, indices, seed):
         if bad := int((~np.isfinite(call.output)).sum()):
             raise UserError(
                 f"{checkpoint.name}: the float model gives {bad} NaN or infinite values at step {call.step}",

@@ -45,12 +45,15 @@ class Checkpoint:
         shapes = {n: tuple(p.shape) for n, p in self.skeleton().named_parameters()}
         return RandomWeights(self.config, shapes, self.weights_seed)
 
-    @property
+    @cached_property
     def digest(self) -> str:
+        from exporter import text
+
         return digest_json(
             {
                 "class": self.family.CLASS,
                 "config": self.config,
+                "text": text.digest(self.root),
                 "scheduler": self.scheduler,
                 "sampler": self.sampler,
                 "weights": self.weights.digest,
@@ -60,7 +63,7 @@ class Checkpoint:
 
     @property
     def task_net(self) -> Path | None:
-        """The network that scores this model's images, if it ships one."""
+        """The network whose features this model's images are compared by, if it ships one."""
         name = self.sampler.get("task_net")
         return inside(self.root, name) if name else None
 
@@ -72,7 +75,7 @@ class Checkpoint:
     def skeleton(self) -> nn.Module:
         """Builds the module with its buffers real and its parameters without memory."""
         with parameters_on_meta(), _config_errors(self.folder):
-            return self.family.build(self.config).eval()
+            return self.family.build().eval()
 
     def load(self) -> nn.Module:
         """Builds the fp32 module, one tensor at a time."""
@@ -139,8 +142,9 @@ def _open(root: Path, name: str, steps: int | None, weights_seed: int | None) ->
     config = read_json(folder / "config.json")
     if "_class_name" not in config:
         raise UserError(f"{folder / 'config.json'}: has no _class_name", fix="give a diffusers model's config")
-    family = family_of(config["_class_name"], str(folder / "config.json"))
+    class_name = config["_class_name"]
     config = {k: v for k, v in config.items() if not k.startswith("_")}
+    family = family_of(class_name, config, str(folder / "config.json"))
     scheduler, sampler, notes = _sampling(root, steps)
     return Checkpoint(name, root, folder, config, family, scheduler, sampler, weights_seed, notes)
 
@@ -163,7 +167,15 @@ def _sampling(root: Path, steps: int | None) -> tuple[Json, Json, tuple[str, ...
     return scheduler, sampler, tuple(notes)
 
 
-SAMPLER_KEYS = {"steps": (int,), "guidance_scale": (int, float), "pixels": (bool,), "task_net": (str,)}
+SAMPLER_KEYS = {
+    "steps": (int,),
+    "guidance_scale": (int, float),
+    "pixels": (bool,),
+    "task": (str,),
+    "task_net": (str,),
+    "prompts": (str,),
+    "validation_prompts": (str,),
+}
 
 
 def _checked_sampler(path: Path) -> Json:

@@ -17,6 +17,9 @@ OUT = click.option("--out", type=FOLDER, required=True, help="Folder to write.")
 STEPS = click.option("--steps", type=click.IntRange(min=1), help="Sampling steps (default: the model's own).")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 GPU = click.option("--gpu", help="Target of TensorRT backends, e.g. sm89 (default: this machine's, else sm89).")
+PROMPTS = click.option(
+    "--prompts", type=FOLDER, help="Your own captions or class labels for calibration, one to a line."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
@@ -48,6 +51,8 @@ def main() -> None:
 @GPU
 @click.option("--dtype", help="Float type of the graphs, fp16 or fp32 (default: each backend's own).")
 @STEPS
+@PROMPTS
+@click.option("--calibration", type=FOLDER, help="A calibration set to use again, e.g. that of another recipe's run.")
 @SEED
 @JSON
 def run(
@@ -58,6 +63,8 @@ def run(
     gpu: str | None,
     dtype: str | None,
     steps: int | None,
+    prompts: Path | None,
+    calibration: Path | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -71,10 +78,14 @@ def run(
         load(name)
     if dtype is not None:
         check_dtype(dtype)
+    asked = _prompts(prompts)
     from exporter import run as runs
 
     opened = _checkpoint(model, steps, seed)
-    report = runs.run(opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, seed=seed)
+    report = runs.run(
+        opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, seed=seed, prompts=asked,
+        calibration=calibration,
+    )  # fmt: skip
     _report(report, as_json, out)
 
 
@@ -83,12 +94,15 @@ def run(
 @OUT
 @STEPS
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Trajectories to record.")
+@PROMPTS
 @SEED
-def calibrate(model: str, out: Path, steps: int | None, samples: int, seed: int) -> None:
+def calibrate(model: str, out: Path, steps: int | None, samples: int, prompts: Path | None, seed: int) -> None:
     """Record MODEL's inputs at every step of its own sampling."""
+    _check_model(model)
+    asked = _prompts(prompts)
     from exporter.calibrate import calibrate as stage
 
-    _done(stage(_checkpoint(model, steps, seed), out, samples=samples, seed=seed))
+    _done(stage(_checkpoint(model, steps, seed), out, samples=samples, seed=seed, prompts=asked))
 
 
 @main.command()
@@ -135,24 +149,22 @@ def build(graph: Path, backend: str, out: Path, gpu: str | None) -> None:
 
 @main.command()
 @click.argument("run", type=FOLDER)
-@click.option("--layers", is_flag=True, help="Also compare every quantized layer on its own, on the same inputs.")
+@click.option("--layers", is_flag=True, help="Also rank layers and steps by the damage each does alone.")
 @SEED
 @JSON
 def validate(run: Path, layers: bool, seed: int, as_json: bool) -> None:
     """Hold the engines of RUN against PyTorch again."""
     from exporter import run as runs
-    from exporter.layers import compare_layers, print_layers
 
     checkpoint, opened = runs.open_run(run)
     with runs.locked(run):
         report = runs.report(checkpoint, opened, run, seed=seed)
-        if layers:
-            rows = compare_layers(opened)
-            if as_json:
-                report = report | {"layers": rows}
-            else:
-                print_layers(rows)
-    _report(report, as_json, run)
+        found = runs.layers(checkpoint, opened, run) if layers else None
+    if found is not None and not as_json:
+        from exporter.layers import print_layers
+
+        print_layers(found)
+    _report(report | ({"layers": found} if found else {}), as_json, run)
 
 
 @main.command()
@@ -185,6 +197,10 @@ def inspect(artifact: Path, as_json: bool) -> None:
     opened = open_artifact(artifact, kind_of(artifact))
     manifest = opened.manifest
     if as_json:
+        if manifest["kind"] == "quantized":
+            from exporter import ranges
+
+            manifest = manifest | {"ranges": ranges.read(opened)}
         click.echo(json.dumps(manifest, indent=1))
         return
     click.echo(f"{artifact}: {manifest['kind']}, digest {opened.digest}")
@@ -193,6 +209,12 @@ def inspect(artifact: Path, as_json: bool) -> None:
             click.echo(f"  {key.replace('_', ' ')}  {name}: {value}")
     for name, entry in manifest["files"].items():
         click.echo(f"  {entry['bytes']:>12,} bytes  {name}  sha256 {entry['sha256'][:16]}…")
+    if manifest["kind"] == "quantized":
+        from rich.console import Console
+
+        from exporter import ranges
+
+        Console().print(ranges.table(ranges.read(opened)))
 
 
 @main.command(name="list")
@@ -238,6 +260,12 @@ def _check_model(model: str) -> None:
     if model not in shipped.names() and not folder.is_dir():
         error = unknown("model", model, shipped.names())
         raise UserError(f"{error.what}, and no such folder", fix=f"{error.fix}; or give a diffusers folder")
+
+
+def _prompts(path: Path | None) -> list[str] | None:
+    from calib_data.prompts import read_list
+
+    return None if path is None else read_list(path)
 
 
 def _check_recipe(name: str) -> None:

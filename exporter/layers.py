@@ -10,11 +10,10 @@ import onnx
 import onnx_ir as ir
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from engines.artifacts import Artifact, Json
 from engines.backends import ort
-from exporter import quantized
+from exporter import progress, quantized
 from exporter.formats import Format
 from exporter.metrics import sqnr_db
 from exporter.modules import QuantizedLayer
@@ -22,29 +21,34 @@ from exporter.quantize import reference_feeds, reference_steps
 from exporter.runners import TorchRunner
 from exporter.validate import Run, finite
 
+ROWS = 8  # of each reference feed
+GROUP = 16  # layers whose inputs are held at once: bounds the memory
+
 
 def compare_layers(run: Run) -> list[Json]:
     """Returns per graph and layer the SQNR of its output and the share of activation codes that differ."""
-    reference = load_file(run.quantized.file(quantized.REFERENCE))
+    reference = {name: value[:ROWS] for name, value in load_file(run.quantized.file(quantized.REFERENCE)).items()}
     model, family = quantized.load(run.quantized), quantized.family(run.quantized)
-    inputs = record_inputs(model, TorchRunner("quantized", model, family), reference)
-    return [
-        {"dtype": dtype, **compare_layer(graph, path, layer, inputs[path])}
-        for dtype, graph in run.graphs.items()
-        for path, layer in quantized.quantized_layers(model).items()
-    ]
+    runner = TorchRunner("quantized", model, family)
+    layers = list(quantized.quantized_layers(model).items())
+    groups = [dict(layers[i : i + GROUP]) for i in range(0, len(layers), GROUP)]
+    rows: list[Json] = []
+    for group in progress.track(groups, len(groups), f"comparing layers ({GROUP} at a time)"):
+        inputs = record_inputs(group, runner, reference)
+        for dtype, graph in run.graphs.items():
+            rows += [{"dtype": dtype, **compare_layer(graph, p, layer, inputs[p])} for p, layer in group.items()]
+    return rows
 
 
 def record_inputs(
-    model: nn.Module, runner: TorchRunner, reference: Mapping[str, torch.Tensor]
+    layers: Mapping[str, QuantizedLayer], runner: TorchRunner, reference: Mapping[str, torch.Tensor]
 ) -> dict[str, list[torch.Tensor]]:
-    """Returns every quantized layer's inputs over the reference steps."""
+    """Returns some quantized layers' inputs over the reference steps."""
     inputs: dict[str, list[torch.Tensor]] = {}
 
     def hook(path: str) -> Any:
         return lambda _module, args: inputs.setdefault(path, []).append(args[0])
 
-    layers = quantized.quantized_layers(model)
     handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
     try:
         for step in reference_steps(reference):
@@ -76,6 +80,8 @@ def compare_layer(graph: Artifact, path: str, layer: QuantizedLayer, inputs: Seq
 
 
 def expected_codes(layer: QuantizedLayer, fmt: Format, x: torch.Tensor) -> np.ndarray[Any, Any]:
+    if layer.spec.multiplied:
+        x = x * layer.input_multiplier
     return fmt.encode(x / layer.activation_scale).view(torch.uint8).numpy().ravel()
 
 
@@ -86,13 +92,16 @@ def layer_model(graph: Artifact, path: str, *, codes: bool) -> bytes:
     made = {value for node in nodes for value in node.outputs}
     entries = [v for n in nodes for v in n.inputs if v is not None and v not in made and not v.is_initializer()]
     quantizers = [node for node in nodes if node.op_type == "QuantizeLinear"]
-    exit_ = quantizers[0].outputs[0] if codes else nodes[-1].outputs[0]
+    quantizers = [node for node in nodes if quantizers and quantizers[0].inputs[0] in node.outputs] + quantizers
+    exit_ = quantizers[-1].outputs[0] if codes else nodes[-1].outputs[0]
     if len(set(entries)) != 1:
         raise AssertionError(f"{path}: its nodes read {len(set(entries))} tensors where a layer reads one")
-    return _cut(model, nodes if not codes else quantizers, entries[0], exit_, graph.info["dtype"], path)
+    return _cut(model, quantizers if codes else nodes, entries[0], exit_, graph.info["dtype"], path, codes=codes)
 
 
-def _cut(model: ir.Model, nodes: Sequence[ir.Node], entry: ir.Value, exit_: ir.Value, dtype: str, path: str) -> bytes:
+def _cut(
+    model: ir.Model, nodes: Sequence[ir.Node], entry: ir.Value, exit_: ir.Value, dtype: str, path: str, *, codes: bool
+) -> bytes:
     protos = [ir.to_proto(node) for node in nodes]
     weights = {v.name: v.const_value for n in nodes for v in n.inputs if v is not None and v.is_initializer()}
     for proto in protos:
@@ -108,11 +117,7 @@ def _cut(model: ir.Model, nodes: Sequence[ir.Node], entry: ir.Value, exit_: ir.V
         protos,
         path,
         [onnx.helper.make_tensor_value_info("x", float_type, None)],
-        [
-            onnx.helper.make_tensor_value_info(
-                "y", code_type if exit_ is not nodes[-1].outputs[0] or len(nodes) == 1 else float_type, None
-            )
-        ],
+        [onnx.helper.make_tensor_value_info("y", code_type if codes else float_type, None)],
         initializers,
     )
     opsets = [onnx.helper.make_opsetid("", model.opset_imports[""])]
@@ -120,17 +125,21 @@ def _cut(model: ir.Model, nodes: Sequence[ir.Node], entry: ir.Value, exit_: ir.V
     return bytes(made.SerializeToString())
 
 
-def print_layers(rows: Sequence[Json]) -> None:
-    """Prints the comparison as a table on stdout."""
+def print_layers(found: Json) -> None:
+    """Prints the ranking, and the comparison of graphs with PyTorch, as tables on stdout."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("graph", "layer", "SQNR dB", "activation codes different")
-    for row in rows:
+    from exporter import damage
+
+    table = Table("graph", "layer", "SQNR dB", "activation codes different", title="each layer's nodes against PyTorch")
+    for row in found["graphs"]:
         value = "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
         share = "–" if row["codes_different"] is None else f"{row['codes_different']:.1e} of {row['codes']:,}"
         table.add_row(row["dtype"], row["layer"], value, share)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(damage.table(found))
 
 
 def _ort_value(array: np.ndarray[Any, Any]) -> Any:

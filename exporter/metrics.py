@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch.nn import functional as F
 
 from engines.errors import UserError
 
@@ -23,6 +23,12 @@ def sqnr_db(reference: torch.Tensor, other: torch.Tensor) -> float:
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
+def cosine(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Returns the cosine, −1…1, of the angle between two tensors as vectors; 0 where one of them is 0."""
+    reference, other = reference.double().flatten(), other.double().flatten()
+    return float(F.cosine_similarity(reference, other, dim=0, eps=1e-150))  # eps² is still a normal fp64
+
+
 def psnr_db(reference: torch.Tensor, other: torch.Tensor, data_range: float) -> torch.Tensor:
     """Returns 10·log10(range² / mse) per image, [n], of images [n, c, h, w], at most 120 dB and at least −120 dB.
 
@@ -33,6 +39,32 @@ def psnr_db(reference: torch.Tensor, other: torch.Tensor, data_range: float) -> 
     return (10 * torch.log10(data_range**2 / mse)).clamp(-120.0, 120.0)
 
 
+def ssim(a: torch.Tensor, b: torch.Tensor, data_range: float) -> torch.Tensor:
+    """Returns the structural similarity per image, [n], −1…1, of images [n, c, h, w].
+
+    Source: Wang et al. 2004, doi 10.1109/TIP.2003.819861, equation 13, K1 = 0.01, K2 = 0.03, Gaussian windows of 11×11
+    pixels with σ = 1.5. As in torchmetrics, windows on the border see the image reflected there; images of 5 pixels or
+    fewer have no reflection as wide, and get the largest window that has one, 2·min(h, w) − 1.
+    """
+    a, b = a.double(), b.double()
+    radius = min(5, *(size - 1 for size in a.shape[2:]))
+    offsets = torch.arange(-radius, radius + 1, dtype=a.dtype, device=a.device)
+    weights = torch.exp(-offsets.square() / (2 * 1.5**2))
+    weights /= weights.sum()
+
+    def window_means(images: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(images.flatten(0, 1)[:, None], [radius] * 4, mode="reflect")
+        return F.conv2d(F.conv2d(padded, weights[None, None, :, None]), weights[None, None, None]).reshape(images.shape)
+
+    mean_a, mean_b = window_means(a), window_means(b)
+    variance_a = (window_means(a * a) - mean_a**2).clamp(min=0)
+    variance_b = (window_means(b * b) - mean_b**2).clamp(min=0)
+    covariance = window_means(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    return (luminance * (2 * covariance + c2) / (variance_a + variance_b + c2)).flatten(1).mean(dim=1)
+
+
 def mean_ci95(values: NDArray[np.float64] | torch.Tensor) -> tuple[float, list[float]]:
     """Returns the mean and its 95 % confidence interval by the normal approximation (1.96 standard errors)."""
     array = np.asarray(values, dtype=np.float64)
@@ -41,44 +73,41 @@ def mean_ci95(values: NDArray[np.float64] | torch.Tensor) -> tuple[float, list[f
     return mean, [mean - half, mean + half]
 
 
-class TaskNet(nn.Module):
-    """A small convolutional classifier of 8×8 images; its 64 penultimate features serve Fréchet distance and recall."""
+def bootstrap_ci95(
+    values: NDArray[np.float64] | torch.Tensor, resamples: int = 2000, seed: int = 0
+) -> tuple[float, list[float]]:
+    """Returns the mean of scores [n] and its 95 % interval by resampling them: it never leaves their range.
 
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU(),
-        )  # fmt: skip
-        self.head = nn.Linear(64, classes)
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns features [n, 64] of images [n, 1, 8, 8] in [−1, 1]."""
-        return self.body(images)  # type: ignore[no-any-return]
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(images))  # type: ignore[no-any-return]
+    Source: Efron 1979, doi 10.1214/aos/1176344552; the interval is that of percentiles.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = rng.choice(array, (resamples, len(array))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(array.mean()), [float(low), float(high)]
 
 
-def load_task_net(path: Path) -> TaskNet:
-    """Reads a TaskNet from safetensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def bootstrap_ci95_of(
+    statistic: Callable[..., float], *sets: torch.Tensor, resamples: int = 200, seed: int = 0
+) -> tuple[float, list[float]]:
+    """Returns a score of whole sets [n, …] and its 95 % interval, from halves of each set drawn without replacement.
 
-    net = TaskNet()
-    try:
-        net.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: not the weights of a task network ({error})", fix="restore the shipped file"
-        ) from error
-    return net.eval()
-
-
-def class_accuracy(net: TaskNet, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Returns the share, 0…1, of images [n, 1, 8, 8] that `net` takes for their label."""
-    with torch.no_grad():
-        return float((net(images.float()).argmax(dim=1) == labels).double().mean())
+    Drawing with replacement repeats rows: their nearest neighbour is then themselves, which shrinks the balls that
+    recall and precision count with, and their covariance loses rank. A half differs from its set with variance
+    σ²·(2/n − 1/n) = σ²/n, as the set does from the truth, so what halves deviate from their own mean (they score worse
+    by being smaller) is, unscaled, the error of the score. The interval is of the score that sets of these sizes
+    have on average: in simulations of 60 and 200 rows it held that 94 to 95 times in 100, of 40 rows with a recall of
+    0.86 only 87 times. Rows that belong together, as two models' images from one noise, go into one tensor.
+    Source: Shao and Wu 1989, doi 10.1214/aos/1176347263 (delete-d jackknife, d = n/2).
+    """
+    rng = np.random.default_rng(seed)
+    halves = [
+        statistic(*(rows[torch.from_numpy(rng.permutation(len(rows))[: len(rows) // 2])] for rows in sets))
+        for _ in range(resamples)
+    ]
+    value = statistic(*sets)
+    low, high = np.quantile(np.array(halves) - np.mean(halves), [0.025, 0.975])
+    return value, [value - float(high), value - float(low)]
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -95,9 +124,25 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def knn_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> float:
-    """Returns the share of real features that lie within the k-th-neighbour ball of some generated feature.
+    """Returns the share of real features [n, d] that lie within the k-th-neighbour ball of some generated feature.
 
     Source: Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 2 (recall), k = 3.
     """
-    radii = torch.cdist(generated, generated).kthvalue(k + 1, dim=1).values  # +1: a point is its own neighbour
-    return float((torch.cdist(real, generated) <= radii[None, :]).any(dim=1).double().mean())
+    if len(generated) <= k:
+        raise UserError(
+            f"recall and precision need more than {k} features of each kind, not {len(generated)}",
+            fix="compare more images",
+        )
+    real, generated = real.double(), generated.double()
+    between = torch.cdist(real, generated, compute_mode="donot_use_mm_for_euclid_dist")  # the fast way cancels digits
+    among = torch.cdist(generated, generated, compute_mode="donot_use_mm_for_euclid_dist")
+    radii = among.kthvalue(k + 1, dim=1).values  # +1: a point is its own neighbour
+    return float((between <= radii[None, :]).any(dim=1).double().mean())
+
+
+def knn_precision(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> float:
+    """Returns the share of generated features [n, d] that lie within the k-th-neighbour ball of some real feature.
+
+    Source: Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 2 (precision), k = 3.
+    """
+    return knn_recall(generated, real, k)

@@ -39,12 +39,13 @@ class StepContext:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is quantized; what the manifest holds of it."""
+    """How one layer is quantized; what the manifest holds of it. `multiplied`: it multiplies its input per channel."""
 
     weight: Format
     granularity: Granularity
     block_size: int
     activation: Format | None
+    multiplied: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,12 +53,14 @@ class LayerSpec:
             "granularity": self.granularity,
             "block_size": self.block_size,
             "activation": _format_json(self.activation) if self.activation else None,
+            "multiplied": self.multiplied,
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> LayerSpec:
         activation = _format(value["activation"], where) if value["activation"] else None
-        return cls(_format(value["weight"], where), value["granularity"], value["block_size"], activation)
+        weight = _format(value["weight"], where)
+        return cls(weight, value["granularity"], value["block_size"], activation, value["multiplied"])
 
     @property
     def kinds(self) -> dict[str, str | None]:
@@ -88,6 +91,7 @@ class QuantizedLayer(nn.Module):
     weight_scale: torch.Tensor
     activation_scale: torch.Tensor
     activation_zero_point: torch.Tensor
+    input_multiplier: torch.Tensor
 
     def __init__(self, source: FloatLayer, spec: LayerSpec) -> None:
         """Takes geometry and bias from the float layer, not its weight: codes and scales are set or loaded after."""
@@ -103,6 +107,8 @@ class QuantizedLayer(nn.Module):
             # ONNX Runtime's AVX2 path turns int8 weights into uint8 and fails where their zero point is left out.
             zeros = torch.zeros(self._scale_shape(shape), dtype=torch.int8)
             self.register_buffer("weight_zero_point", zeros, persistent=False)
+        if spec.multiplied:
+            self.register_buffer("input_multiplier", torch.empty(multiplier_shape(source)))
         if spec.activation:
             self.register_buffer("activation_scale", torch.empty(()))
             zero = torch.zeros((), dtype=spec.activation.carrier)
@@ -129,6 +135,8 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._traced_weight() if torch.compiler.is_exporting() else self.weight_tensor.dequantize(x.dtype)
+        if self.spec.multiplied:
+            x = x * self.input_multiplier
         if self.spec.activation:
             x = self._quantized_input(x, self.spec.activation)
         if self.conv:
@@ -192,6 +200,68 @@ def check_fits(path: str, layer: FloatLayer, spec: LayerSpec) -> None:
         )
 
 
+def multiplier_shape(layer: FloatLayer) -> tuple[int, ...]:
+    """Returns the shape in which a factor per input channel multiplies what the layer reads."""
+    channels = layer.weight.shape[1]
+    return (channels, 1, 1) if isinstance(layer, nn.Conv2d) else (channels,)
+
+
+def multiply_input(layer: FloatLayer, multiplier: torch.Tensor) -> None:
+    """Makes a float layer multiply what it reads by `multiplier` [in]."""
+    factor = multiplier.reshape(multiplier_shape(layer))
+    layer.register_buffer("input_multiplier", factor)
+    layer.register_forward_pre_hook(lambda _layer, args: (args[0] * factor, *args[1:]))
+
+
+class SplitConv2d(nn.Module):
+    """A convolution of a concatenation as the sum of two, so that each half has quantizers of its own.
+
+    Source: Q-Diffusion, Li et al., arXiv 2302.04304, section 4.2, "shortcut-splitting quantization".
+    """
+
+    def __init__(self, conv: nn.Conv2d, first: int) -> None:
+        super().__init__()
+        self.first = first
+        self.hidden = _slice_of(conv, slice(0, first), conv.bias)
+        self.skip = _slice_of(conv, slice(first, conv.in_channels), None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.hidden(x[:, : self.first]) + self.skip(x[:, self.first :])  # type: ignore[no-any-return]
+
+
+def _slice_of(conv: nn.Conv2d, channels: slice, bias: Any) -> nn.Conv2d:
+    arguments = _conv_arguments(conv)
+    with torch.device("meta"):  # its weight is a view of the other's
+        part = nn.Conv2d(channels.stop - channels.start, conv.out_channels, conv.kernel_size, bias=False, **arguments)  # type: ignore[arg-type]
+    part.weight = nn.Parameter(conv.weight[:, channels], requires_grad=False)
+    part.register_parameter("bias", bias)
+    return part
+
+
+def split_inputs(model: nn.Module, splits: Mapping[str, int]) -> None:
+    """Splits convolutions of concatenations, path → channels of the first part, in place."""
+    for path, first in splits.items():
+        conv = float_layer(model, path)
+        assert isinstance(conv, nn.Conv2d), path
+        put(model, path, SplitConv2d(conv, first))
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a recipe's rules may ask about a layer; `channels` is the fewer of in and out, per group."""
+
+    conv: bool
+    channels: int
+    grouped: bool
+
+
+def facts(layer: FloatLayer) -> LayerFacts:
+    """Returns what rules may ask about a layer."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    narrow = min(layer.weight.shape[0] // groups, layer.weight.shape[1])
+    return LayerFacts(isinstance(layer, nn.Conv2d), narrow, groups > 1)
+
+
 def float_layer(model: nn.Module, path: str) -> FloatLayer:
     """Returns the layer at `path`, which must be one that recipes range over."""
     layer = model.get_submodule(path)
@@ -199,7 +269,7 @@ def float_layer(model: nn.Module, path: str) -> FloatLayer:
     return layer
 
 
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` at `path`; through _modules, since a name like to_out.0 lies in a ModuleList."""
     owner, _, leaf = path.rpartition(".")
     model.get_submodule(owner)._modules[leaf] = module

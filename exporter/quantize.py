@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from calib_data.tensors import save_tensors
 from engines import artifacts
 from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError
-from exporter import methods, observers, progress, quantized
+from exporter import methods, observers, progress, quantized, scaling
 from exporter.checkpoint import Checkpoint
 from exporter.models import Family
 from exporter.modules import (
@@ -22,13 +23,17 @@ from exporter.modules import (
     QuantizedLayer,
     StepContext,
     check_fits,
+    facts,
     float_layer,
     float_layers,
     oriented,
-    replace,
+    put,
+    split_inputs,
 )
+from exporter.ranges import FILE as RANGES
+from exporter.ranges import Ranges
 from exporter.recipe import Recipe, Rule
-from exporter.runners import TorchRunner
+from exporter.runners import TorchRunner, in_chunks
 from exporter.tensors import scale_for
 from exporter.versions import versions
 
@@ -37,7 +42,8 @@ REFERENCE_STEPS = 5  # first and last included
 # digits-dit lay up to 2.9 dB under it at a step with 8 rows, up to 2.4 dB with 32.
 REFERENCE_ROWS = 32
 
-Rules = Mapping[str, Rule]
+OBSERVED_ROWS = 64  # at once, at most
+
 Reference = dict[str, torch.Tensor]
 
 
@@ -50,28 +56,52 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
     with artifacts.drafting(out, request) as draft:
         data, family = CalibrationSet(calibration), checkpoint.family
         model = checkpoint.load()
-        rules, specs = assign(model, family, recipe)
         reference = _feeds(data)
         _add_outputs(reference, "float", TorchRunner("float", model, family))
-        changed = _prepare(model, family, rules, specs, data)
-        scales = _activation_scales(model, family, rules, specs, data)
-        _replace(model, rules, specs, scales)
+        plan = plan_layers(model, family, recipe)
+        factors = _factors(model, family, plan, data)
+        plan = plan.multiplying(scaling.apply(model, family.folds(model), factors))
+        scales, ranges = _activation_scales(model, family, plan, data)
+        _replace(model, plan, scales)
         quantized.save(model, draft.path)
-        draft.info = _info(checkpoint, recipe, calibration, model, specs, changed, len(rules))
+        scaling.save(factors, draft.path)
+        artifacts.write_json(draft.path / RANGES, ranges)
+        draft.info = _info(checkpoint, recipe, calibration, model, plan, factors)
         _add_quantized_outputs(reference, model, family)  # last: it leaves the model in fp16
         save_tensors(reference, draft.path / quantized.REFERENCE)
     return artifacts.open_artifact(out, "quantized")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Every layer's rule, how those that are not kept are quantized, and which convolutions were split at a skip."""
+
+    rules: Mapping[str, Rule]
+    specs: Mapping[str, LayerSpec]
+    splits: Mapping[str, int]
+
+    def multiplying(self, paths: Sequence[str]) -> Plan:
+        """Returns the plan with layers that multiply their own input."""
+        return replace(self, specs=dict(self.specs) | {p: replace(self.specs[p], multiplied=True) for p in paths})
+
+
 def layer_specs(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, LayerSpec]:
     """Returns how a recipe would quantize a model, from its shapes alone."""
-    return assign(checkpoint.skeleton(), checkpoint.family, recipe)[1]
+    return dict(plan_layers(checkpoint.skeleton(), checkpoint.family, recipe).specs)
 
 
-def assign(model: nn.Module, family: Family, recipe: Recipe) -> tuple[Rules, dict[str, LayerSpec]]:
-    """Returns every layer's rule, and how those that are not kept are quantized."""
+def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
+    """Assigns rules to layers, and splits the convolutions that they say to split, in place."""
     layers = float_layers(model)
-    rules = recipe.assign(list(layers), family.blocks(model))
+    assigned = recipe.assign({path: facts(layer) for path, layer in layers.items()}, family.blocks(model))
+    splits = {
+        path: first
+        for path, first in family.skips(model).items()
+        if assigned[path].split_skips and assigned[path].activation
+    }
+    split_inputs(model, splits)
+    layers = float_layers(model)
+    rules = {path: assigned[path if path in assigned else path.rpartition(".")[0]] for path in layers}
     specs = {}
     for path, rule in rules.items():
         if rule.weight is None:
@@ -80,63 +110,70 @@ def assign(model: nn.Module, family: Family, recipe: Recipe) -> tuple[Rules, dic
         spec = LayerSpec(rule.weight.format, rule.weight.granularity, rule.weight.block_size, activation)
         check_fits(path, layers[path], spec)
         specs[path] = spec
-    return rules, specs
+    return Plan(rules, specs, splits)
 
 
-def _prepare(
-    model: nn.Module, family: Family, rules: Rules, specs: Mapping[str, LayerSpec], data: CalibrationSet
-) -> list[str]:
-    """Lets each method change the float model, exactly, before ranges are observed; returns the changed layers."""
+def _factors(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet) -> dict[str, torch.Tensor]:
+    """Asks each method for the factors that it wants to move between activations and weights."""
     groups: dict[Any, list[str]] = {}
-    for path in specs:
-        groups.setdefault(rules[path].method, []).append(path)
-    changed: list[str] = []
+    for path in plan.specs:
+        groups.setdefault(plan.rules[path].method, []).append(path)
+    found: dict[str, torch.Tensor] = {}
     for spec, paths in groups.items():
         method = methods.load(spec.name)
         channel_absmax = _channel_absmax(model, family, paths, data) if method.NEEDS_CHANNEL_ABSMAX else {}
-        changed += method.prepare(model, paths, family.folds(model), channel_absmax, spec.options)
-    return changed
+        found |= method.factors(model, paths, family.folds(model), channel_absmax, spec.options)
+    return found
 
 
 def _channel_absmax(
     model: nn.Module, family: Family, paths: Sequence[str], data: CalibrationSet
 ) -> dict[str, torch.Tensor]:
-    """Returns the largest magnitude of every input channel of the Linear layers among `paths`, over all steps."""
+    """Returns the largest magnitude of every input channel of the layers among `paths`, over all steps."""
     largest: dict[str, torch.Tensor] = {}
+    convs = {path for path in paths if isinstance(model.get_submodule(path), nn.Conv2d)}
 
-    def see(path: str, x: torch.Tensor) -> None:
-        seen = x.abs().flatten(0, -2).amax(dim=0)
+    def see(path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
+        channels_last = x.movedim(1, -1) if path in convs else x
+        seen = channels_last.abs().flatten(0, -2).amax(dim=0)
         largest[path] = torch.maximum(largest[path], seen) if path in largest else seen
 
-    linear = [path for path in paths if isinstance(model.get_submodule(path), nn.Linear)]
-    _watch_inputs(model, family, linear, data, see, "input channels")
+    _watch_inputs(model, family, paths, data, see, "input channels")
     return largest
 
 
 def _activation_scales(
-    model: nn.Module, family: Family, rules: Rules, specs: Mapping[str, LayerSpec], data: CalibrationSet
-) -> dict[str, torch.Tensor]:
-    """Observes the inputs of every layer with a quantized activation; returns its scale, []."""
+    model: nn.Module, family: Family, plan: Plan, data: CalibrationSet
+) -> tuple[dict[str, torch.Tensor], Json]:
+    """Observes the inputs of every layer with a quantized activation; returns scales, [], and the table of ranges."""
     watched = {
         path: observers.OBSERVERS[rule.activation.observer]()
-        for path, rule in rules.items()
-        if path in specs and rule.activation
+        for path, rule in plan.rules.items()
+        if path in plan.specs and rule.activation
     }
+    table = Ranges(data.steps)
     if not watched:
-        return {}
-    _watch_inputs(model, family, list(watched), data, lambda path, x: watched[path].update(x), "activation ranges")
-    scales = {}
+        return {}, table.to_json({})
+
+    def see(path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
+        watched[path].update(x)
+        table.update(path, x, steps)
+
+    _watch_inputs(model, family, list(watched), data, see, "activation ranges")
+    scales, chosen = {}, {}
     for path, observer in watched.items():
-        fmt = specs[path].activation
+        fmt = plan.specs[path].activation
         assert fmt is not None
         scales[path] = scale_for(torch.tensor(observer.range(fmt), dtype=torch.float64), fmt)
-    return scales
+        chosen[path] = float(scales[path]) * fmt.max_value
+    return scales, table.to_json(chosen)
 
 
 def _watch_inputs(
     model: nn.Module, family: Family, paths: Sequence[str], data: CalibrationSet, see: Any, what: str
 ) -> None:
-    """Runs every calibration record through the model, showing `see(path, x)` the inputs of layers."""
+    """Runs every calibration record through the model, showing `see(path, x, steps)` the inputs of layers."""
+    now = torch.empty(0)
 
     def hook(path: str) -> Any:
         def look(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -145,7 +182,7 @@ def _watch_inputs(
                     f"layer {path!r}: its input is NaN or infinite in calibration",
                     fix="the float model overflows there: check the checkpoint and its sampler settings",
                 )
-            see(path, args[0])
+            see(path, args[0], now)
 
         return look
 
@@ -154,20 +191,19 @@ def _watch_inputs(
     batches = list(data.shards)
     try:
         for shard in progress.track(batches, len(batches), f"observing {what}"):
-            for feeds in data.batches(shards=[shard]):
+            for feeds in data.batches(shards=[shard], rows=family.rows(OBSERVED_ROWS)):
+                now = feeds["step"]
                 runner.run_tensors(feeds)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _replace(
-    model: nn.Module, rules: Rules, specs: Mapping[str, LayerSpec], scales: Mapping[str, torch.Tensor]
-) -> None:
+def _replace(model: nn.Module, plan: Plan, scales: Mapping[str, torch.Tensor]) -> None:
     """Swaps float layers for quantized ones, one at a time, so that the float weights go as the codes come."""
-    for path, spec in progress.track(specs.items(), len(specs), "quantizing (layers)"):
+    for path, spec in progress.track(plan.specs.items(), len(plan.specs), "quantizing (layers)"):
         source = float_layer(model, path)
-        rule = rules[path]
+        rule = plan.rules[path]
         assert rule.method is not None
         layer = QuantizedLayer(source, spec)
         weight = oriented(source, spec)
@@ -175,7 +211,9 @@ def _replace(
         layer.weight_codes, layer.weight_scale = tensor.codes.contiguous(), tensor.scale
         if path in scales:
             layer.activation_scale = scales[path]
-        replace(model, path, layer)
+        if spec.multiplied:
+            layer.input_multiplier = source.get_buffer("input_multiplier")
+        put(model, path, layer)
 
 
 def _feeds(data: CalibrationSet) -> Reference:
@@ -204,7 +242,7 @@ def reference_feeds(reference: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 def _add_outputs(reference: Reference, what: str, runner: TorchRunner) -> None:
     for step in reference_steps(reference):
-        (output,) = runner.run_tensors(reference_feeds(reference, step)).values()
+        output = in_chunks(runner.run_tensors, reference_feeds(reference, step), runner.family.rows(REFERENCE_ROWS))
         if bad := int((~output.isfinite()).sum()):
             raise UserError(
                 f"the {what} model gives {bad} NaN or infinite values at step {step}",
@@ -229,9 +267,8 @@ def _info(
     recipe: Recipe,
     calibration: Artifact,
     model: nn.Module,
-    specs: Mapping[str, LayerSpec],
-    changed: Sequence[str],
-    layers: int,
+    plan: Plan,
+    factors: Mapping[str, torch.Tensor],
 ) -> Json:
     parameters = checkpoint_parameters(checkpoint)
     return {
@@ -244,10 +281,11 @@ def _info(
             "float_weight_bytes": 2 * parameters,  # the checkpoint as fp16
         },
         "recipe": {"name": recipe.name, "digest": recipe.digest},
-        "layers": {path: spec.to_json() for path, spec in specs.items()},
-        "smoothed_layers": sorted(changed),
-        "weights": quantized.storage(model) | {"kept_layers": layers - len(specs)},
-        "timesteps": calibration.info["timesteps"],
+        "layers": {path: spec.to_json() for path, spec in plan.specs.items()},
+        "splits": dict(plan.splits),
+        "smoothed_layers": sorted(path for paths in factors for path in paths.split("+")),
+        "weights": quantized.storage(model) | {"kept_layers": len(plan.rules) - len(plan.specs)},
+        **{key: calibration.info[key] for key in ("timesteps", "entries")},
         "sampler": checkpoint.sampler,
     }
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from calib_data.tensors import save_tensors
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError
+from exporter import scaling
 from exporter.checkpoint import Checkpoint, open_checkpoint, parameters_on_meta, set_parameter
 from exporter.models import Family, family_of
-from exporter.modules import ZERO_POINTS, LayerSpec, QuantizedLayer, float_layer, replace
+from exporter.modules import FLOAT_LAYERS, ZERO_POINTS, LayerSpec, QuantizedLayer, float_layer, put, split_inputs
 from exporter.tensors import pack_int4, unpack_int4
 
 SHARD_BYTES = 512 << 20  # what one file holds, and so what is in memory while it is written
@@ -88,7 +90,8 @@ class StoredTensors:
 
 
 def family(artifact: Artifact) -> Family:
-    return family_of(artifact.info["model"]["class"], str(artifact.path))
+    model = artifact.info["model"]
+    return family_of(model["class"], model["config"], str(artifact.path))
 
 
 def checkpoint_of(source: Artifact) -> Checkpoint:
@@ -112,10 +115,23 @@ def specs(artifact: Artifact) -> dict[str, LayerSpec]:
 def skeleton(artifact: Artifact) -> nn.Module:
     """Builds the quantized module without memory for parameters; codes and scales are there, not filled."""
     with parameters_on_meta():
-        model = family(artifact).build(artifact.info["model"]["config"]).eval()
+        return build(artifact)
+
+
+def build(artifact: Artifact) -> nn.Module:
+    """Builds the quantized module in the tensors that are the default around it: on meta, or fake."""
+    model = family(artifact).build().eval()
+    split_inputs(model, artifact.info["splits"])
     for path, spec in specs(artifact).items():
-        replace(model, path, QuantizedLayer(float_layer(model, path), spec))
+        put(model, path, QuantizedLayer(float_layer(model, path), spec))
     return model
+
+
+def factors(artifact: Artifact) -> dict[str, torch.Tensor]:
+    """Returns the factors that were moved between activations and weights before quantization."""
+    if scaling.FILE not in artifact.files():
+        return {}
+    return load_file(artifact.file(scaling.FILE))
 
 
 def load(artifact: Artifact) -> nn.Module:
@@ -129,6 +145,16 @@ def load(artifact: Artifact) -> nn.Module:
         if leaf not in ZERO_POINTS:
             model.get_submodule(owner)._buffers[leaf] = _restored(stored.raw(name), buffer, layers.get(owner), leaf)
     return model.requires_grad_(False)
+
+
+def load_layer(stored: StoredTensors, path: str, spec: LayerSpec, source: nn.Module) -> QuantizedLayer:
+    """Reads one quantized layer; geometry and bias are those of the float layer it stands for."""
+    assert isinstance(source, FLOAT_LAYERS), path
+    layer = QuantizedLayer(source, spec)
+    for leaf, buffer in list(layer.named_buffers()):
+        if leaf not in ZERO_POINTS:
+            layer._buffers[leaf] = _restored(stored.raw(f"{path}.{leaf}"), buffer, layer, leaf)
+    return layer
 
 
 def _restored(raw: torch.Tensor, like: torch.Tensor, layer: QuantizedLayer | None, leaf: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,11 +13,14 @@ from engines.artifacts import digest_json
 from engines.errors import UserError, unknown
 from exporter import catalog, formats, methods, observers
 from exporter.formats import Format
+from exporter.modules import LayerFacts
 from exporter.tensors import GRANULARITIES, Granularity
 
 FOLDER = catalog.HERE / "recipes"
 MAX_RECIPE_BYTES = 1 << 20
 SCOPES = ("all", "blocks", "outside_blocks")
+TYPES = ("any", "conv", "linear")
+RULE_KEYS = ("layers", "scope", "optional", "type", "grouped", "narrower_than", "split_skips")
 _FORMAT_KEYS = ("bits", "exponent_bits", "mantissa_bits")
 
 
@@ -44,17 +47,29 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Rule:
-    """`layers`: shell pattern on module paths. `scope`: which part of the model. No `weight`: the layer is kept."""
+    """Which layers, and how they are quantized; without `weight` they are kept.
+
+    A layer must match all of `layers` (a shell pattern on module paths), `scope` (which part of the model), `type`,
+    `grouped` (only convolutions in groups) and `narrower_than` (fewer channels in or out, per group).
+    """
 
     layers: str
     scope: str = "all"
     optional: bool = False
+    type: str = "any"
+    grouped: bool = False
+    narrower_than: int | None = None
+    split_skips: bool = False
     weight: WeightSpec | None = None
     activation: ActivationSpec | None = None
     method: MethodSpec | None = None
 
-    def matches(self, path: str, in_block: bool) -> bool:
+    def matches(self, path: str, layer: LayerFacts, in_block: bool) -> bool:
         if self.scope != "all" and in_block != (self.scope == "blocks"):
+            return False
+        if self.type != "any" and layer.conv != (self.type == "conv"):
+            return False
+        if (self.grouped and not layer.grouped) or (self.narrower_than and layer.channels >= self.narrower_than):
             return False
         return fnmatchcase(path, self.layers)
 
@@ -77,12 +92,13 @@ class Recipe:
         """sha256 of what the recipe says, whatever its file's name, order of keys or comments."""
         return digest_json(self.source)
 
-    def assign(self, layers: Sequence[str], blocks: Collection[str]) -> dict[str, Rule]:
+    def assign(self, layers: Mapping[str, LayerFacts], blocks: Collection[str]) -> dict[str, Rule]:
         """Returns each layer's first matching rule; a layer or a rule without a match is an error."""
         if not layers:
             raise UserError("the model has no Linear or Conv2d layer", fix="there is nothing to quantize in it")
         assigned = {
-            path: next((r for r in self.rules if r.matches(path, _within(path, blocks))), None) for path in layers
+            path: next((r for r in self.rules if r.matches(path, layer, _within(path, blocks))), None)
+            for path, layer in layers.items()
         }
         if unmatched := [path for path, rule in assigned.items() if rule is None]:
             raise UserError(
@@ -90,23 +106,26 @@ class Recipe:
                 fix='end the recipe with a rule for the rest: layers = "*"',
             )
         for number, rule in enumerate(self.rules, 1):
-            if rule.optional or any(rule.matches(path, _within(path, blocks)) for path in layers):
+            if rule.optional or any(rule.matches(p, layer, _within(p, blocks)) for p, layer in layers.items()):
                 continue
-            raise _matches_nothing(f"recipe {self.name!r}, rule {number}", rule, layers)
+            raise _matches_nothing(f"recipe {self.name!r}, rule {number}", rule, list(layers))
         return cast(dict[str, Rule], assigned)
 
 
 def _matches_nothing(where: str, rule: Rule, layers: Sequence[str]) -> UserError:
     error = unknown("layer pattern", rule.layers, layers, where)
     hint = error.fix.split("known:")[0]
+    asked = [f"scope {rule.scope!r}"]
+    asked += [f"type {rule.type!r}"] * (rule.type != "any") + ["grouped"] * rule.grouped
+    asked += [f"narrower_than {rule.narrower_than}"] * bool(rule.narrower_than)
     return UserError(
-        f"{where}: layers = {rule.layers!r} (scope {rule.scope!r}) matches none of the model's {len(layers)} layers",
+        f"{where}: layers = {rule.layers!r} ({', '.join(asked)}) matches none of the model's {len(layers)} layers",
         fix=f"{hint}layers are named like {layers[0]!r}; mend the pattern, or write optional = true",
     )
 
 
 def _within(path: str, blocks: Collection[str]) -> bool:
-    return any(path.startswith(block + ".") for block in blocks)
+    return any(path == block or path.startswith(block + ".") for block in blocks)
 
 
 def _more(items: Sequence[object]) -> str:
@@ -162,35 +181,35 @@ def _calibration(table: Mapping[str, Any], where: str) -> CalibrationSpec:
 
 
 def _rule(table: Any, where: str) -> Rule:
-    _known(table, ("layers", "scope", "optional", "keep", "weight", "activation", "method"), where)
+    _known(table, (*RULE_KEYS, "keep", "weight", "activation", "method"), where)
     if not isinstance(table.get("layers"), str):
         raise UserError(f"{where}: lacks layers", fix='write layers = "PATTERN", e.g. "*"')
-    scope = table.get("scope", "all")
-    if scope not in SCOPES:
-        raise unknown("scope", str(scope), SCOPES, where)
-    optional = table.get("optional", False)
-    if not isinstance(optional, bool):
-        raise UserError(f"{where}: optional = {optional!r}", fix="write optional = true or leave it out")
-    rule = Rule(table["layers"], scope, optional)
+    for key, words in (("scope", SCOPES), ("type", TYPES)):
+        if table.get(key, words[0]) not in words:
+            raise unknown(key, str(table[key]), words, where)
+    for key in ("optional", "grouped", "split_skips"):
+        if not isinstance(table.get(key, False), bool):
+            raise UserError(f"{where}: {key} = {table[key]!r}", fix=f"write {key} = true or leave it out")
+    if "narrower_than" in table:
+        _integer(table, "narrower_than", where, default=0, least=2)
+    rule = Rule(**{key: table[key] for key in RULE_KEYS if key in table})
     if "keep" in table:
         return _keep(rule, table, where)
     if "weight" not in table:
         raise UserError(f"{where}: says neither weight nor keep", fix='write weight = { … } or keep = "float"')
     method = table.get("method", {"name": "rtn"})
-    return Rule(
-        rule.layers,
-        rule.scope,
-        rule.optional,
-        _weight(table["weight"], f"{where}, weight"),
-        _activation(table["activation"], f"{where}, activation") if "activation" in table else None,
-        _method(method, f"{where}, method"),
+    return replace(
+        rule,
+        weight=_weight(table["weight"], f"{where}, weight"),
+        activation=_activation(table["activation"], f"{where}, activation") if "activation" in table else None,
+        method=_method(method, f"{where}, method"),
     )
 
 
 def _keep(rule: Rule, table: Mapping[str, Any], where: str) -> Rule:
     if table["keep"] != "float":
         raise unknown("keep", str(table["keep"]), ("float",), where)
-    if extra := {"weight", "activation", "method"} & table.keys():
+    if extra := {"weight", "activation", "method", "split_skips"} & table.keys():
         raise UserError(f"{where}: keeps its layers but also says {', '.join(sorted(extra))}", fix="drop one of them")
     return rule
 

@@ -18,8 +18,11 @@ NOISY = 2  # p95 over p50: a choice; on an idle machine the two lie within half 
 PICTURES = 20  # columns of samples.png
 
 
-def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: Path) -> None:
-    """Draws the first float samples above the quantized ones, and their difference, ten times as strong."""
+def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: Path, in_pixels: bool) -> None:
+    """Draws the first float samples above the quantized ones, and their difference, ten times as strong.
+
+    Latents, which are no pictures, are drawn in grey: their first channel.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,12 +33,23 @@ def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: 
     for row, (label, images, gain) in enumerate(rows):
         for column in range(count):
             axis = axes[row][column]
-            axis.imshow(gain * images[column, 0], cmap="gray", vmin=-1, vmax=1)
+            axis.imshow(_drawable(gain * images[column], in_pixels), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     with writing_errors(path):
         FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
+
+
+def _drawable(image: torch.Tensor, in_pixels: bool) -> torch.Tensor:
+    """Returns [h, w] or [h, w, 3] in 0 … 1, of an image in [−1, 1] or a latent."""
+    image = image.float().nan_to_num()
+    if image.ndim == 2:  # a row per token
+        return (image / image.abs().amax().clamp(min=1e-6) + 1) / 2
+    if in_pixels and len(image) == 3:
+        return ((image + 1) / 2).clamp(0, 1).permute(1, 2, 0)
+    first = image[0] if in_pixels else image[0] / image[0].abs().amax().clamp(min=1e-6)
+    return ((first + 1) / 2).clamp(0, 1)
 
 
 def print_report(report: Json) -> None:
@@ -50,6 +64,7 @@ def print_report(report: Json) -> None:
         f"({weights['bytes'] / model['float_weight_bytes']:.2f} × fp16)"
     )
     console.print(_table(report))
+    console.print(_images_table(report["accuracy"]["images"]))
     console.print(_images_line(report["accuracy"]["images"]))
     for check in report["checks"]:
         if not check["passed"]:
@@ -89,15 +104,32 @@ def _table(report: Json) -> Table:
     return table
 
 
+def _images_table(images: Json) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{images['n']} images by {images['runner']} against float, same noise")
+    for header in ("score", "value", "95 %", "two float runs"):
+        table.add_column(header, justify="left" if header == "score" else "right")
+
+    def row(name: str, entry: Json, digits: int, unit: str = "") -> None:
+        value = entry["mean"] if "mean" in entry else entry["value"]
+        low, high, floor = (f"{v:.{digits}f}" for v in (*entry["ci95"], entry["noise_floor"]))
+        table.add_row(name, f"{value:.{digits}f}{unit}", f"{low} … {high}", floor)
+
+    row("PSNR", images["psnr_db"], 1, " dB")
+    row("SSIM", images["ssim"], 4)
+    row("cosine", images["cosine"], 4)
+    for name, entry in images.get("sets", {}).items():
+        row(name.replace("_", " ").replace("frechet", "Fréchet"), entry, 3)
+    if score := images["task_score"]:
+        percent = {k: [100 * x for x in v] if isinstance(v, list) else 100 * v for k, v in score["lost"].items()}
+        row(f"{score['name']} lost, points", percent, 2)
+    return table
+
+
 def _images_line(images: Json) -> str:
-    psnr, score = images["psnr_db"], images["task_score"]
-    line = (
-        f"{images['n']} images by {images['runner']} against float, same noise: PSNR {psnr['mean']:.1f} dB "
-        f"(95%: {psnr['ci95'][0]:.1f} … {psnr['ci95'][1]:.1f})"
-    )
-    if score:
-        line += f"; class accuracy {100 * score['quantized']:.1f}%, float {100 * score['float']:.1f}%"
-    return line
+    score = images["task_score"]
+    return f"{score['name']}: {100 * score['quantized']:.1f}%, float {100 * score['float']:.1f}%" if score else ""
 
 
 def _mb(count: float) -> str:

@@ -13,9 +13,10 @@ from engines import artifacts, backends
 from engines.artifacts import Artifact, Json, digest_file
 from engines.build import build
 from engines.errors import UserError
-from exporter import bench, progress, quantized
-from exporter.calibrate import calibrate
+from exporter import bench, damage, progress, quantized
+from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
+from exporter.layers import compare_layers
 from exporter.lower import DTYPES, lower
 from exporter.quantize import layer_specs, quantize
 from exporter.recipe import Recipe
@@ -43,17 +44,18 @@ def run(
     gpu: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
+    prompts: Sequence[str] | None = None,
+    calibration: Path | None = None,
 ) -> Json:
-    """Calibrates, quantizes, lowers, builds and validates into `out`; returns the report."""
+    """Calibrates, quantizes, lowers, builds and validates into `out`; returns the report.
+
+    `prompts` are the user's own for calibration; `calibration` is a set to use again, as another recipe's run left it.
+    """
     targets = [_target(name, gpu, dtype) for name in dict.fromkeys(backend_names)]
     preflight(checkpoint, recipe, targets)
     with locked(out):
-        spec = recipe.calibration
-        calibration = _stage(
-            "calibrate", calibrate, checkpoint, out / "calibration", samples=spec.samples, seed=seed,
-            record_steps=spec.record_steps,
-        )  # fmt: skip
-        source = _stage("quantize", quantize, checkpoint, recipe, calibration, out / "quantized")
+        data = _calibration(checkpoint, recipe, out, calibration, seed=seed, prompts=prompts)
+        source = _stage("quantize", quantize, checkpoint, recipe, data, out / "quantized")
         graphs = {
             d: _stage(f"lower {d}", lower, source, out / "graph" / d, dtype=d)
             for d in dict.fromkeys(target.dtype for target in targets)
@@ -66,6 +68,35 @@ def run(
             for t in targets
         }  # fmt: skip
         return report(checkpoint, Run(source, graphs, engines), out, seed=seed)
+
+
+def _calibration(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    given: Path | None,
+    *,
+    seed: int,
+    prompts: Sequence[str] | None,
+) -> Artifact:
+    wanted: dict[str, Any] = {
+        "samples": recipe.calibration.samples,
+        "seed": seed,
+        "record_steps": recipe.calibration.record_steps,
+        "prompts": prompts,
+    }
+    if given is None:
+        return _stage("calibrate", calibrate, checkpoint, out / "calibration", **wanted)
+    artifacts.open_artifact(given, "calibration")
+    found = artifacts.current(given, request_for(checkpoint, **wanted))
+    if found is None:
+        raise UserError(
+            f"{given}: was recorded for another model, other captions, or another number of samples or steps than "
+            f"recipe {recipe.name!r} asks for",
+            fix="leave out --calibration, and a set is recorded",
+        )
+    progress.note(f"calibrate: {given} is used again")
+    return found
 
 
 def _target(name: str, gpu: str | None, dtype: str | None) -> Target:
@@ -105,6 +136,13 @@ def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int) -> Json:
     artifacts.write_json(out / REPORT, content)
     artifacts.write_json(out / artifacts.TIMINGS, _timings(run, content, time.monotonic() - started))
     return content
+
+
+def layers(checkpoint: Checkpoint, run: Run, out: Path) -> Json:
+    """Ranks layers by the damage each does alone, and compares each in every graph with PyTorch; writes both."""
+    found = damage.damage(checkpoint, run.quantized) | {"graphs": compare_layers(run)}
+    damage.write(found, out)
+    return found
 
 
 def _kept(out: Path, made_from: Mapping[str, str], settings: Json) -> Json | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,16 @@ def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float16 else value
 
 
+def in_chunks(run: Callable[[Any], Mapping[str, Any]], feeds: Mapping[str, Any], rows: int) -> torch.Tensor:
+    """Returns a runner's only output for feeds of any number of rows, `rows` at a time."""
+    count = len(next(iter(feeds.values())))
+    parts = []
+    for first in range(0, count, rows):
+        (output,) = run({name: value[first : first + rows] for name, value in feeds.items()}).values()
+        parts.append(torch.as_tensor(output))
+    return torch.cat(parts)
+
+
 class TorchRunner:
     """Runs a denoiser in `dtype` on the CPU; `steps` carries the feeds' `step` to quantizers that want it."""
 
@@ -50,7 +60,12 @@ class TorchRunner:
         steps: StepContext | None = None,
     ) -> None:
         self.name = name
-        self._model, self._family, self._dtype = model, family, dtype
+        self._model, self.family = model, family
+        self._output = family.output().name
+        # "fp32" inputs, timesteps, stay so in fp16, and are fp64 where everything is
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        types = {"float": dtype, "fp32": wide, "int64": torch.int64}
+        self._types = {spec.name: types[spec.dtype] for spec in family.inputs()}
         self._steps = steps or StepContext()
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
@@ -59,7 +74,7 @@ class TorchRunner:
     def run_tensors(self, feeds: Any) -> dict[str, torch.Tensor]:
         """Runs numpy arrays or tensors; returns the outputs in this runner's own type."""
         tensors = {n: torch.as_tensor(v) for n, v in feeds.items() if n != "step"}
-        tensors = {n: t.to(self._dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        tensors = {n: t.to(self._types.get(n, t.dtype)) for n, t in tensors.items()}
         step = torch.as_tensor(feeds["step"]) if "step" in feeds else None
         with torch.no_grad(), self._steps.at(step), WideSums():
-            return {self._family.OUTPUT: self._family.call(self._model, tensors)}
+            return {self._output: self.family.call(self._model, tensors)}

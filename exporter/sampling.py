@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from engines.errors import UserError, unknown
 from engines.runner import Runner
 from exporter.checkpoint import Checkpoint
+from exporter.conditions import Conditions
+from exporter.models import Family
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,34 @@ def scheduler_for(checkpoint: Checkpoint) -> Any:
     limit = int(scheduler.config.num_train_timesteps)
     if not isinstance(steps, int) or not 1 <= steps <= limit:
         raise UserError(f"{checkpoint.name}: {steps} sampling steps", fix=f"use 1 … {limit} (--steps)")
-    scheduler.set_timesteps(steps)
+    _set_timesteps(scheduler, steps, checkpoint.family)
+    if _whole_timesteps(checkpoint) and any(float(t) % 1 for t in scheduler.timesteps):
+        raise UserError(
+            f"{checkpoint.root}: {name} gives timesteps with fractions; {checkpoint.family.CLASS} takes whole ones",
+            fix="use a scheduler with whole timesteps, e.g. DDIMScheduler",
+        )
     return scheduler
+
+
+def _set_timesteps(scheduler: Any, steps: int, family: Family) -> None:
+    """Sets the steps as the model's pipeline does; flow matching may shift its schedule by a latent's positions.
+
+    Source: diffusers, FluxPipeline.calculate_shift: a line through (base_image_seq_len, base_shift) and
+    (max_image_seq_len, max_shift).
+    """
+    config, arguments = scheduler.config, {}
+    if config.get("use_dynamic_shifting", False):
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        arguments["mu"] = config.base_shift + slope * (family.tokens() - config.base_image_seq_len)
+    sigmas = family.sigmas(steps)
+    if sigmas is not None and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(sigmas=sigmas, **arguments)
+    else:
+        scheduler.set_timesteps(steps, **arguments)
+
+
+def _whole_timesteps(checkpoint: Checkpoint) -> bool:
+    return any(spec.name == "timestep" and spec.dtype == "int64" for spec in checkpoint.family.inputs())
 
 
 def timesteps(checkpoint: Checkpoint) -> list[float]:
@@ -66,27 +94,31 @@ def noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> torch.Te
     return torch.stack([torch.randn(shape, generator=generator(seed, i, "noise")) for i in indices])
 
 
-def denoise(runner: Runner, checkpoint: Checkpoint, indices: Sequence[int], seed: int) -> Iterator[Call]:
+def denoise(
+    runner: Runner, checkpoint: Checkpoint, conditions: Conditions, indices: Sequence[int], seed: int
+) -> Iterator[Call]:
     """Runs the sampler for the samples `indices`, yielding after every step."""
-    family, config = checkpoint.family, checkpoint.config
+    family = checkpoint.family
     scheduler = scheduler_for(checkpoint)
     guidance = float(checkpoint.sampler["guidance_scale"])
-    conditions = family.conditions(config, indices)
-    if guidance != 1.0:
-        null = family.conditions(config, indices, null=True)
-        conditions = {name: torch.cat([value, null[name]]) for name, value in conditions.items()}
-    latent = noise(seed, indices, family.latent_shape(config)) * scheduler.init_noise_sigma
+    twice = guidance != 1.0 and family.guided()
+    rows = conditions.of(indices)
+    if twice:
+        null = conditions.of(indices, null=True)
+        rows = {name: torch.cat([value, null[name]]) for name, value in rows.items()}
+    latent = noise(seed, indices, family.latent_shape()) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     extra = _step_arguments(scheduler, seed, indices)
     for step, timestep in enumerate(scheduler.timesteps):
-        model_input = scheduler.scale_model_input(latent, timestep)
-        if guidance != 1.0:
+        scaled = hasattr(scheduler, "scale_model_input")  # flow matching has none
+        model_input = scheduler.scale_model_input(latent, timestep) if scaled else latent
+        if twice:
             model_input = torch.cat([model_input, model_input])
-        tensors = family.feeds(model_input, timestep.expand(len(model_input)), conditions)
+        tensors = family.feeds(model_input, timestep.expand(len(model_input)), rows, guidance)
         feeds = {name: tensor.numpy() for name, tensor in tensors.items()}
         feeds["step"] = np.full(len(model_input), step, dtype=np.int64)
-        output = runner.run(feeds)[family.OUTPUT]
-        prediction = family.prediction(config, torch.from_numpy(output))
-        if guidance != 1.0:
+        output = runner.run(feeds)[family.output().name]
+        prediction = family.prediction(torch.from_numpy(output))
+        if twice:
             wanted, unwanted = prediction.chunk(2)
             prediction = unwanted + guidance * (wanted - unwanted)
         latent = scheduler.step(prediction, timestep, latent, **extra, return_dict=False)[0]
@@ -99,9 +131,11 @@ def _step_arguments(scheduler: Any, seed: int, indices: Sequence[int]) -> dict[s
     return {"generator": [generator(seed, i, "steps") for i in indices]}
 
 
-def sample(runner: Runner, checkpoint: Checkpoint, indices: Sequence[int], seed: int) -> torch.Tensor:
+def sample(
+    runner: Runner, checkpoint: Checkpoint, conditions: Conditions, indices: Sequence[int], seed: int
+) -> torch.Tensor:
     """Returns the finished samples, [n, …]."""
     latent = None
-    for call in denoise(runner, checkpoint, indices, seed):
+    for call in denoise(runner, checkpoint, conditions, indices, seed):
         latent = call.latent
     return cast(torch.Tensor, latent)

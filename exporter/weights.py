@@ -84,6 +84,7 @@ class SafetensorsWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._promised: int | None = None  # by an index
         self._files = {name: inside(folder, file, links=True) for name, file in self._find().items()}
         files = sorted(set(self._files.values()))
         self._headers = {file: read_header(file) for file in files}
@@ -92,13 +93,25 @@ class SafetensorsWeights:
                 raise UserError(
                     f"{file}: lacks tensor {name!r}, which the index puts there", fix="copy the model again"
                 )
+        if self._promised is not None and self._promised != (held := self._bytes()):
+            raise UserError(
+                f"{folder}: its index promises {self._promised} bytes of weights, its {len(files)} shards hold {held}",
+                fix="shards of different downloads do not go together: copy the model again, with its index",
+            )
         self.digest = digest_json([[file.name, digest_file(file)] for file in files])
+
+    def _bytes(self) -> int:
+        entries = (self._headers[file][name] for name, file in self._files.items())
+        return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
 
     def _find(self) -> dict[str, str]:
         for stem in ("diffusion_pytorch_model", "model"):
             index = self.folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                table = read_json(index).get("weight_map")
+                content = read_json(index)
+                table, metadata = content.get("weight_map"), content.get("metadata")
+                if isinstance(metadata, dict) and type(metadata.get("total_size")) is int:
+                    self._promised = metadata["total_size"]
                 if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
                     raise UserError(f"{index}: has no weight_map of names to files", fix="copy the model again")
                 files = sorted(set(table.values()))

@@ -7,11 +7,15 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from common import ROOT, TINY
+from click.testing import CliRunner
+from common import FAMILIES, ROOT, TINY
 from safetensors.torch import load_file, save_file
+
+from exporter.cli import main
 
 RECIPE = """
 [calibration]
@@ -120,6 +124,191 @@ def test_a_class_no_family_serves_is_refused(cli, model, tiny_recipe, tmp_path):
     assert_refused(process, "MysteryModel", "DiTTransformer2DModel")
 
 
+def invoke(*arguments):
+    """Runs the command line in this process, which spares the imports; an exception is a traceback there."""
+    finished = CliRunner().invoke(main, list(map(str, arguments)))
+    assert finished.exception is None or isinstance(finished.exception, SystemExit), finished.exception
+    return SimpleNamespace(returncode=finished.exit_code, stdout=finished.stdout, stderr=finished.stderr)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Writes a prompt list of any bytes."""
+
+    def write(content):
+        path = tmp_path / "prompts.txt"
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ("holds no prompt",)),
+        (b"# none yet\n", ("holds no prompt",)),
+        (b"3\n4\n\xff\xfe\n", ("line 3", "0xff", "UTF-8")),
+        (b"3\n10\n", ("'10' is no class", "0 … 9")),
+        (b"a cat\n", ("'a cat' is no class", "0 … 9")),
+    ],
+    ids=["empty", "comments alone", "not UTF-8", "a class that is not there", "a caption"],
+)
+@pytest.mark.parametrize("command", ["calibrate", "run"])
+def test_a_prompt_list_that_does_not_serve_is_refused(command, content, words, prompts, tiny_folder, tmp_path):
+    recipe = ("--recipe", "fp8") if command == "run" else ()
+    process = invoke(command, tiny_folder, *recipe, "--prompts", prompts(content), "--out", tmp_path / "out")
+    assert_refused(process, *words)
+    assert_nothing_left(tmp_path / "out")
+
+
+def test_a_prompt_list_that_is_not_there_is_refused(tiny_folder, tmp_path):
+    process = invoke("calibrate", tiny_folder, "--prompts", tmp_path / "gone.txt", "--out", tmp_path / "out")
+    assert_refused(process, "gone.txt", "cannot be read")
+
+
+@pytest.fixture
+def random_folder(tmp_path):
+    """Writes a config alone, for a model of drawn weights."""
+
+    def write(name):
+        (tmp_path / "random").mkdir()
+        (tmp_path / "random" / "config.json").write_text(json.dumps(FAMILIES[name]))
+        return f"random:{tmp_path / 'random'}"
+
+    return write
+
+
+def test_prompts_for_a_model_that_reads_none_are_refused(random_folder, prompts, tmp_path):
+    process = invoke(
+        "calibrate", random_folder("unet"), "--prompts", prompts(b"a fox\n"), "--out", tmp_path / "out", "--steps", 2
+    )
+    assert_refused(process, "without prompt or label", "--prompts")
+    assert_nothing_left(tmp_path / "out")
+
+
+def test_own_labels_are_calibrated_on(tiny_folder, prompts, tmp_path):
+    out = tmp_path / "out"
+    labels = prompts(b"# two of ten\n7\n2\n")
+    process = invoke("calibrate", tiny_folder, "--prompts", labels, "--out", out, "--steps", 2, "--samples", 3)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((out / "manifest.json").read_text())["info"]["entries"] == ["7", "2"]
+    assert load_file(out / "shard-00000.safetensors")["0/class_labels"].tolist() == [7, 2, 7]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--samples", 3), ("another number of samples", "--calibration")),
+        (("--samples", 2, "--seed", 1), ("was recorded for", "--calibration")),
+    ],
+    ids=["samples", "seed"],
+)
+def test_a_calibration_set_of_something_else_is_not_used(flags, words, tiny_folder, tiny_recipe, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    assert invoke("calibrate", tiny_folder, "--out", data, "--steps", 2, *flags).returncode == 0
+    process = invoke("run", tiny_folder, "--recipe", tiny_recipe, "--steps", 2, "--calibration", data, "--out", out)
+    assert_refused(process, *words)
+    assert_nothing_left(out)
+
+
+def test_an_artifact_that_is_no_calibration_set_is_not_used(tiny_folder, tiny_recipe, tmp_path):
+    process = invoke(
+        "run", tiny_folder, "--recipe", tiny_recipe, "--calibration", tmp_path / "gone", "--out", tmp_path / "out"
+    )
+    assert_refused(process, "gone")
+    assert_nothing_left(tmp_path / "out")
+
+
+def sharded(model):
+    """Splits a model's weights in two files with an index, as diffusers does; returns the index."""
+    tensors = load_file(weights_file(model))
+    weights_file(model).unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, model / file)
+    return {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: file for file, held in parts.items() for name in held},
+    }
+
+
+def write_index(model, index):
+    (model / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_weights_in_shards_are_read(model, tmp_path):
+    before = load_file(weights_file(model))
+    write_index(model, sharded(model))
+    from exporter.checkpoint import open_checkpoint
+
+    loaded = open_checkpoint(str(model)).load()
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda model, index: (model / "b.safetensors").unlink(), ("lacks b.safetensors", "shards")),
+        (
+            lambda model, index: index["weight_map"].update({"pos_embed.proj.weight": "b.safetensors"}),
+            ("b.safetensors", "lacks tensor", "pos_embed.proj.weight"),
+        ),
+        (lambda model, index: index["metadata"].update(total_size=1 << 40), (str(1 << 40), "bytes")),
+        (lambda model, index: index.update(weight_map=["a.safetensors"]), ("weight_map",)),
+        (
+            lambda model, index: index["weight_map"].update({"pos_embed.proj.weight": "../b.safetensors"}),
+            ("../b.safetensors", "leaves the folder"),
+        ),
+        (lambda model, index: index["weight_map"].pop("pos_embed.proj.weight"), ("pos_embed.proj.weight",)),
+    ],
+    ids=[
+        "a shard is not there",
+        "a tensor in another shard",
+        "bytes",
+        "no map",
+        "outside the folder",
+        "a tensor left out",
+    ],
+)
+def test_shards_that_do_not_add_up_are_refused(damage, words, model, tiny_recipe, tmp_path):
+    index = sharded(model)
+    damage(model, index)
+    if index["metadata"]["total_size"] < 1 << 40 and "pos_embed.proj.weight" not in index["weight_map"]:
+        del index["metadata"]  # not every index tells
+    write_index(model, index)
+    assert_refused(invoke("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out"), *words)
+    assert_nothing_left(tmp_path / "out")
+
+
+def test_a_pickle_is_refused_with_how_to_convert_it(model, tiny_recipe, tmp_path):
+    weights_file(model).unlink()
+    torch.save({}, model / "diffusion_pytorch_model.bin")
+    process = invoke("run", model, "--recipe", tiny_recipe, "--out", tmp_path / "out")
+    assert_refused(process, "diffusion_pytorch_model.bin", "pickle", "safe_serialization=True")
+    assert_nothing_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (["transformers", "CLIPTextModel"], ("'text_encoder'", "CLIPTextModel", "text_encoder/")),
+        (["my_pipeline", "MyEncoder"], ("'MyEncoder'", "CLIPTextModel")),
+    ],
+    ids=["its folder is not there", "a class of its own"],
+)
+def test_a_pipeline_whose_component_cannot_be_opened_is_refused(entry, words, random_folder, tmp_path):
+    spec = random_folder("sd")
+    (tmp_path / "random" / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "text_encoder": entry})
+    )
+    process = invoke("run", spec, "--recipe", "int8", "--out", tmp_path / "out", "--steps", 2)
+    assert_refused(process, *words)
+    assert_nothing_left(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -204,14 +393,11 @@ def test_json_is_one_document_and_nothing_else(cli, graph_of):
 
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 3)])
 def test_a_report_that_failed_exits_with_3(passed, code, monkeypatch, tmp_path):
-    from click.testing import CliRunner
-
-    from exporter import cli as module
     from exporter import run
 
     monkeypatch.setattr(run, "run", lambda *arguments, **options: {"passed": passed})
     arguments = ["run", "digits-dit", "--recipe", "fp8", "--out", str(tmp_path / "out"), "--json"]
-    finished = CliRunner().invoke(module.main, arguments)
+    finished = CliRunner().invoke(main, arguments)
     assert finished.exit_code == code
     assert json.loads(finished.stdout) == {"passed": passed}
 

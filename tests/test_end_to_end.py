@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from engines.build import build
 from engines.plans import constant_bytes
 from exporter import quantized
+from exporter.images import IMAGES
 from exporter.layers import compare_layers
 from exporter.validate import FLOOR_MARGIN_DB, FP32_AGREEMENT_DB, Run, lowering_rows, open_runners, validate
 
@@ -145,7 +146,7 @@ def report_of(run_of, checkpoint, artifacts_folder):
 def test_images_stay_close_to_the_float_models(recipe, report_of, artifacts_folder):
     report = report_of(recipe)
     images = report["accuracy"]["images"]
-    assert images["n"] == 200
+    assert images["n"] == IMAGES
     assert images["psnr_db"]["mean"] >= PSNR_FLOOR_DB[recipe]
     assert abs(images["task_score"]["float"] - images["task_score"]["quantized"]) <= 0.01
     assert report["passed"], [check for check in report["checks"] if not check["passed"]]

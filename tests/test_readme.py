@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 
@@ -39,7 +40,7 @@ def test_the_recipe_in_the_readme_is_valid():
 
     (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     parsed = recipe.parse("readme", tomllib.loads(text))
-    assert len(parsed.rules) == 2
+    assert len(parsed.rules) == 3
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint"])
@@ -53,11 +54,19 @@ def test_files_the_readme_points_to_exist():
         assert (ROOT / link).exists(), link
 
 
-def test_figures_of_the_model_card_are_those_of_the_files():
-    weights = ROOT / "calib_data/models/digits-dit/transformer/diffusion_pytorch_model.safetensors"
-    assert weights.stat().st_size <= 12e6
+CARDS = {
+    "digits-dit": (12e6, ["transformer/diffusion_pytorch_model"]),
+    "shapes-unet": (15e6, ["unet/diffusion_pytorch_model", "text_encoder/model"]),
+}
+
+
+@pytest.mark.parametrize("model", CARDS)
+def test_figures_of_a_model_card_are_those_of_the_files(model):
     from exporter.weights import read_header
 
-    card = (ROOT / "calib_data/models/digits-dit/README.md").read_text()
-    parameters = sum(__import__("math").prod(entry["shape"]) for entry in read_header(weights).values())
-    assert f"{parameters:,}" in card
+    folder, (limit, stems) = ROOT / "calib_data/models" / model, CARDS[model]
+    files = [folder / f"{stem}.safetensors" for stem in stems]
+    assert sum(file.stat().st_size for file in files) <= limit
+    card = (folder / "README.md").read_text()
+    for file in files:
+        assert f"{sum(math.prod(entry['shape']) for entry in read_header(file).values()):,}" in card

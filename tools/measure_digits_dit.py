@@ -10,8 +10,10 @@ import torch
 from sklearn.model_selection import train_test_split
 from train_digits_dit import digits_split
 
+from exporter import tasks
 from exporter.checkpoint import open_checkpoint
-from exporter.metrics import class_accuracy, frechet_distance, knn_recall, load_task_net
+from exporter.conditions import Conditions, calibration_entries
+from exporter.metrics import frechet_distance, knn_recall
 from exporter.progress import track
 from exporter.runners import TorchRunner
 from exporter.sampling import sample
@@ -26,14 +28,14 @@ def main(model: str, samples: int, steps: int | None, seed: int) -> None:
     checkpoint = open_checkpoint(model, steps=steps)
     runner = TorchRunner("float", checkpoint.load(), checkpoint.family)
     chunks = [range(i, min(i + 100, samples)) for i in range(0, samples, 100)]
-    images = torch.cat([sample(runner, checkpoint, list(c), seed) for c in track(chunks, len(chunks), "sampling")])
-    labels = checkpoint.family.labels(checkpoint.config, range(samples))
+    conditions = Conditions(checkpoint, calibration_entries(checkpoint, None))
+    images = torch.cat(
+        [sample(runner, checkpoint, conditions, list(c), seed) for c in track(chunks, len(chunks), "sampling")]
+    )
     train, train_y, held, held_y = (torch.from_numpy(a) for a in digits_split())
-    assert checkpoint.task_net is not None
-    net = load_task_net(checkpoint.task_net)
-    with torch.no_grad():
-        generated, held_features = net.features(images), net.features(held)
-        real = torch.cat([net.features(train), held_features])
+    task = tasks.load("digits", checkpoint.task_net)
+    generated, train_features, held_features = (task.features(x) for x in (images, train, held))
+    real = torch.cat([train_features, held_features])
     # Halves with equal shares of every class: chance differences of classes would make the yardstick too kind.
     halves = train_test_split(real, test_size=0.5, random_state=seed, stratify=torch.cat([train_y, held_y]))
     between = frechet_distance(*halves)
@@ -43,10 +45,10 @@ def main(model: str, samples: int, steps: int | None, seed: int) -> None:
     result = {
         "samples": samples,
         "steps": checkpoint.sampler["steps"],
-        "class_accuracy": class_accuracy(net, images, labels),
-        "class_accuracy_of_held_out_digits": class_accuracy(net, held, held_y),
+        "class_accuracy": task.scores(images, conditions.asked(range(samples))).mean().item(),
+        "class_accuracy_of_held_out_digits": task.scores(held, [str(y) for y in held_y.tolist()]).mean().item(),
         "knn_recall_of_held_out_digits": knn_recall(held_features, generated),
-        "knn_recall_by_training_digits": knn_recall(held_features, net.features(train).detach()),
+        "knn_recall_by_training_digits": knn_recall(held_features, train_features),
         "frechet_distance": distance,
         "frechet_distance_between_halves": between,
         "frechet_ratio": distance / between,

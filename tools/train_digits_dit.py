@@ -41,7 +41,7 @@ SCHEDULER = {
     "clip_sample": True,
     "set_alpha_to_one": True,
 }
-SAMPLER = {"steps": 25, "guidance_scale": 1.0, "pixels": True, "task_net": "features.safetensors"}
+SAMPLER = {"steps": 25, "guidance_scale": 1.0, "pixels": True, "task": "digits", "task_net": "features.safetensors"}
 
 
 def digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

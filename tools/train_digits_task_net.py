@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from train_digits_dit import digits_split
 
-from exporter.metrics import TaskNet, class_accuracy
+from exporter.tasks.digits import Digits, TaskNet
 
 
 @click.command()
@@ -38,10 +38,9 @@ def main(out: Path, epochs: int, seed: int) -> None:
             click.echo(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f}")
     net.eval()
     save_file(net.state_dict(), out)
-    click.echo(
-        f"accuracy: training {class_accuracy(net, images, labels):.4f}, "
-        f"held out {class_accuracy(net, held, held_labels):.4f}"
-    )
+    task = Digits(net)
+    for name, x, y in (("training", images, labels), ("held out", held, held_labels)):
+        click.echo(f"{name}: {task.NAME_OF_SCORE} {task.scores(x, [str(label) for label in y.tolist()]).mean():.4f}")
 
 
 if __name__ == "__main__":

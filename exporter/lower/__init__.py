@@ -77,13 +77,12 @@ def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:
     from exporter.lower.passes.fold_constants import FoldConstants
     from exporter.lower.passes.name_after_modules import NameAfterModules
     from exporter.lower.passes.share_initializers import ShareInitializers
-    from exporter.lower.trace import AXES, PREFIX
+    from exporter.lower.trace import PREFIX
 
     family = quantized.family(source)
-    inputs = [spec.name for spec in family.inputs(source.info["model"]["config"])]
     passes = ir.passes.Sequential(
         FoldConstants(),
-        NameAfterModules(PREFIX, inputs, family.OUTPUT, list(AXES)),
+        NameAfterModules(PREFIX, family.inputs(), family.output()),
         common.RemoveUnusedNodesPass(),
         AttachWeights(quantized.StoredTensors(source), quantized.specs(source)),
         ShareInitializers(),
@@ -110,22 +109,22 @@ def write(model: ir.Model, path: Path) -> None:
 
 def _info(source: Artifact, dtype: str, found: Mapping[str, int]) -> Json:
     from exporter import quantized
-    from exporter.lower.trace import AXES, IR_VERSION, OPSET
+    from exporter.lower.trace import IR_VERSION, OPSET
 
     family, info = quantized.family(source), source.info
     inputs = [
         {"name": spec.name, "dtype": dtype if spec.dtype == "float" else spec.dtype, "shape": list(spec.shape)}
-        for spec in family.inputs(info["model"]["config"])
+        for spec in family.inputs()
     ]
     return {
         "dtype": dtype,
         "opset": OPSET,
         "ir_version": IR_VERSION,
         "inputs": inputs,
-        "output": family.OUTPUT,
-        "axes": AXES,
+        "output": family.output().name,
+        "axes": {name: axis.to_json() for name, axis in family.axes().items()},
         "layers": {path: spec.kinds for path, spec in quantized.specs(source).items()},
         "initializer_bytes": dict(sorted(found.items())),
         "weight_bytes": sum(found.values()),
-        **{key: info[key] for key in ("model", "recipe", "weights", "timesteps", "sampler")},
+        **{key: info[key] for key in ("model", "recipe", "weights", "timesteps", "sampler", "splits")},
     }

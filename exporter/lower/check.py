@@ -14,9 +14,9 @@ from exporter.modules import LayerSpec
 # Ops that ONNX Runtime and both TensorRTs were seen to take in lowered denoisers; a new one is added with that proof.
 OPS = frozenset(
     """
-    Add Cast Concat Constant Conv Cos DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Gather Gelu Gemm Identity
-    LayerNormalization MatMul Mul Neg Pow QuantizeLinear Range ReduceMean Reshape Shape Sigmoid Sin Slice Softmax Split
-    Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
+    Add Cast Clip Concat Constant Conv Cos DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Gather Gelu Gemm
+    GroupNormalization Identity LayerNormalization MatMul Mul Neg Pow QuantizeLinear Range Reciprocal ReduceMean Reshape
+    Resize Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
     """.split()
 )
 TYPES = frozenset("FLOAT FLOAT16 INT64 INT32 BOOL INT8 INT4 FLOAT8E4M3FN FLOAT8E5M2".split())

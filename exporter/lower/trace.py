@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -14,14 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engines.artifacts import Artifact
 from exporter import quantized
 from exporter.lower.passes import quiet
-from exporter.models import Family, InputSpec
-from exporter.modules import QuantizedLayer, float_layer, replace
+from exporter.models import Axis, Family, TensorSpec
 
 OPSET, IR_VERSION = 21, 10  # the oldest pair that carries FP8 and INT4: the most runtimes read it
 PREFIX = "model."  # of every name, from the wrapper below; the passes take it off
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
-# Batch sizes an engine is built for. A choice: 64 serves a calibration batch, 8 a typical request with guidance.
-AXES = {"batch": {"min": 1, "opt": 8, "max": 64}}
 
 
 class _Call(nn.Module):
@@ -38,16 +35,14 @@ class _Call(nn.Module):
 def trace(artifact: Artifact, dtype: str) -> ir.Model:
     """Returns the graph in `dtype`; its weights have names, types and shapes but no values yet."""
     family = quantized.family(artifact)
-    config = artifact.info["model"]["config"]
-    specs = family.inputs(config)
+    specs, axes = family.inputs(), family.axes()
     with _default_dtype(TORCH_TYPES[dtype]), FakeTensorMode(allow_non_fake_inputs=True):
-        model = family.build(config).eval()
-        for path, spec in quantized.specs(artifact).items():
-            replace(model, path, QuantizedLayer(float_layer(model, path), spec))
-        inputs = tuple(_example(spec, TORCH_TYPES[dtype]) for spec in specs)
-        axes = {name: torch.export.Dim(name, min=a["min"], max=a["max"]) for name, a in AXES.items()}
-        shapes = tuple({d: axes[n] for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs)
-        call = _Call(model, family, [spec.name for spec in specs])
+        call = _Call(quantized.build(artifact), family, [spec.name for spec in specs])
+        inputs = tuple(_example(spec, axes, TORCH_TYPES[dtype]) for spec in specs)
+        # AUTO: what diffusers decides by size (memory layout at 64 rows) would else bound an axis; that none became a
+        # constant is checked where the axes are named.
+        auto = torch.export.Dim.AUTO
+        shapes = tuple({d: auto for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs)
         program = torch.export.export(call, inputs, dynamic_shapes={"inputs": shapes}, strict=False)
     with quiet("torch.onnx._internal.exporter._registration"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations, and that torchvision is not there
@@ -61,10 +56,11 @@ def trace(artifact: Artifact, dtype: str) -> ir.Model:
     return graph
 
 
-def _example(spec: InputSpec, float_type: torch.dtype) -> torch.Tensor:
-    # 2 rows: torch.export takes an axis of 1 for a constant
-    shape = [2 if isinstance(d, str) else d for d in spec.shape]
-    return torch.zeros(shape, dtype=float_type if spec.dtype == "float" else getattr(torch, spec.dtype))
+def _example(spec: TensorSpec, axes: Mapping[str, Axis], float_type: torch.dtype) -> torch.Tensor:
+    types = {"float": float_type, "fp32": torch.float32, "int64": torch.int64}
+    # An example's axes must not be 1, which torch.export takes for a constant.
+    shape = [max(axes[d].opt, 2 * axes[d].multiple) if isinstance(d, str) else d for d in spec.shape]
+    return torch.zeros(shape, dtype=types[spec.dtype])
 
 
 @contextlib.contextmanager

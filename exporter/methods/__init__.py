@@ -1,7 +1,7 @@
 """Quantization methods: one module each. A method picks which codes and scales to use.
 
-`prepare` may first change the float model without changing what it computes; `quantize_weight` then turns one layer's
-weight into codes and scales.
+`factors` may first move magnitudes from activations into weights, without changing what the model computes;
+`quantize_weight` then turns one layer's weight into codes and scales.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Method(Protocol):
 
     NEEDS_CHANNEL_ABSMAX: bool
 
-    def prepare(
+    def factors(
         self,
         model: nn.Module,
         paths: Sequence[str],
         folds: Sequence[Fold],
         channel_absmax: Mapping[str, torch.Tensor],
         options: Any,
-    ) -> list[str]:
-        """Changes the float model in place, exactly; returns the layers it changed."""
+    ) -> dict[str, torch.Tensor]:
+        """Returns factors as `exporter.scaling` applies them; none leaves the model as it is."""
 
     def quantize_weight(self, weight: torch.Tensor, spec: Any, axis: int, options: Any) -> QuantizedTensor:
         """Returns the codes and scales of a weight; `axis` is the one that channels, or blocks, lie along."""
@@ -56,8 +56,10 @@ def options(name: str, values: Mapping[str, Any], where: str) -> Any:
     for key, value in values.items():
         if key not in known:
             raise unknown("key", key, known, where)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise UserError(f"{where}: {key} = {value!r} is not a number", fix=f"the default is {known[key].default}")
+        default = known[key].default
+        if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, (int, float)):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise UserError(f"{where}: {key} = {value!r} is not {kind}", fix=f"the default is {default!r}")
     try:
         return cls(**values)
     except UserError as error:

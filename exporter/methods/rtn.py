@@ -20,14 +20,14 @@ class Options:
     """None: rounding has nothing to choose."""
 
 
-def prepare(
+def factors(
     model: nn.Module,
     paths: Sequence[str],
     folds: Sequence[Fold],
     channel_absmax: Mapping[str, torch.Tensor],
     options: Options,
-) -> list[str]:
-    return []
+) -> dict[str, torch.Tensor]:
+    return {}
 
 
 def quantize_weight(weight: torch.Tensor, spec: WeightSpec, axis: int, options: Options) -> QuantizedTensor:

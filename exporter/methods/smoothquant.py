@@ -1,4 +1,4 @@
-"""SmoothQuant: moves activation outliers into the weights, where the factor folds exactly into what comes before.
+"""SmoothQuant: moves activation outliers into the weights, folded where that is exact, else by a multiply.
 
 Source: Xiao et al. 2022, arXiv 2211.10438, equation 4: s_j = max|X_j|^α / max|W_j|^(1−α).
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
 
 from engines.errors import UserError
+from exporter import scaling
 from exporter.methods import rtn
 from exporter.models import Fold
+from exporter.modules import float_layer
 from exporter.recipe import WeightSpec
 from exporter.tensors import QuantizedTensor
 
@@ -24,34 +25,44 @@ FLOOR = 1e-5  # a channel that is silent in calibration still needs a finite fac
 
 @dataclass(frozen=True)
 class Options:
+    """`multiply`: layers whose factor folds nowhere (behind SiLU, GELU, on a skip) multiply their input themselves."""
+
     alpha: float = 0.5
+    multiply: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"smoothquant: alpha = {self.alpha}", fix="use 0 … 1; 0.5 balances the two sides")
 
 
-def prepare(
+def factors(
     model: nn.Module,
     paths: Sequence[str],
     folds: Sequence[Fold],
     channel_absmax: Mapping[str, torch.Tensor],
     options: Options,
-) -> list[str]:
-    wanted = set(paths)
-    changed: list[str] = []
-    for fold in folds:
-        if not wanted.issuperset(fold.consumers):
-            continue  # another rule has one of the consumers: its float input must stay as it is
-        consumers = [cast(nn.Linear, model.get_submodule(path)) for path in fold.consumers]
-        weight_max = torch.stack([c.weight.detach().abs().amax(dim=0) for c in consumers]).amax(dim=0)
-        factor = smoothing_factor(channel_absmax[fold.consumers[0]], weight_max, options.alpha)
-        with torch.no_grad():
-            for consumer in consumers:
-                consumer.weight.mul_(factor)
-            fold.divide(model, factor)
-        changed += fold.consumers
-    return changed
+) -> dict[str, torch.Tensor]:
+    wanted = dict.fromkeys(paths)
+    # A fold needs all its readers: where another rule has one of them, its float input must stay as it is.
+    groups = [fold.consumers for fold in folds if wanted.keys() >= set(fold.consumers)]
+    for group in groups:
+        for path in group:
+            del wanted[path]
+    if options.multiply:
+        groups += [(path,) for path in wanted]
+    found = {}
+    for group in groups:
+        largest = torch.stack([channel_weight_max(float_layer(model, path).weight) for path in group]).amax(dim=0)
+        # Readers of one tensor saw the same; those of a joint attention's two halves did not.
+        seen = torch.stack([channel_absmax[path] for path in group]).amax(dim=0)
+        if len(seen) == len(largest):  # a convolution in groups reads more channels than each of its weights
+            found[scaling.key(group)] = smoothing_factor(seen, largest, options.alpha)
+    return found
+
+
+def channel_weight_max(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the largest magnitude over all but the input channels, [in]."""
+    return weight.detach().abs().transpose(0, 1).flatten(1).amax(dim=1)
 
 
 def smoothing_factor(activation_max: torch.Tensor, weight_max: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -5,77 +5,62 @@ Source: Peebles and Xie, arXiv 2212.09748; each block holds an adaLN-Zero modula
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
-from exporter.models import Config, Fold, InputSpec
-
-CLASS = "DiTTransformer2DModel"
-OUTPUT = "sample"
+from exporter.models import Axis, Family, Fold, Tensors, TensorSpec, batch_axis
 
 
-def build(config: Config) -> nn.Module:
-    from diffusers import DiTTransformer2DModel
+class DiT(Family):
+    """Labels and timesteps are embedded in every block; the positions' table fixes height and width."""
 
-    from exporter.models._timesteps import use_tables
+    CLASS = "DiTTransformer2DModel"
 
-    return use_tables(DiTTransformer2DModel.from_config(dict(config)))
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (
+            TensorSpec("hidden_states", "float", ("batch", *self.latent_shape())),
+            TensorSpec("timestep", "int64", ("batch",)),
+            TensorSpec("class_labels", "int64", ("batch",)),
+        )
 
+    def output(self) -> TensorSpec:
+        channels = self.config.get("out_channels") or self.config["in_channels"]
+        return TensorSpec("sample", "float", ("batch", channels, *self.latent_shape()[1:]))
 
-def inputs(config: Config) -> tuple[InputSpec, ...]:
-    return (
-        InputSpec("hidden_states", "float", ("batch", *latent_shape(config))),
-        InputSpec("timestep", "int64", ("batch",)),
-        InputSpec("class_labels", "int64", ("batch",)),
-    )
+    def axes(self) -> dict[str, Axis]:
+        return {"batch": batch_axis(self.config["sample_size"] ** 2)}
 
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.config["in_channels"], self.config["sample_size"], self.config["sample_size"])
 
-def blocks(model: nn.Module) -> list[str]:
-    return [f"transformer_blocks.{i}" for i in range(len(cast(nn.ModuleList, model.transformer_blocks)))]
+    def blocks(self, model: nn.Module) -> list[str]:
+        return [f"transformer_blocks.{i}" for i in range(len(cast(nn.ModuleList, model.transformer_blocks)))]
 
-
-def folds(model: nn.Module) -> list[Fold]:
-    """Per block: the two adaLN modulations, and V's rows before the attention's output projection."""
-    found = []
-    for block in blocks(model):
-        modulation = cast(nn.Linear, model.get_submodule(f"{block}.norm1.linear"))
-        width = modulation.out_features // 6  # shift, scale, gate of the attention, then of the feed-forward
-        rows = [slice(i * width, (i + 1) * width) for i in range(6)]
-        attention = tuple(f"{block}.attn1.to_{n}" for n in "qkv")
-        path = f"{block}.norm1.linear"
-        found.append(Fold(attention, ((path, rows[0], "shift"), (path, rows[1], "scale"))))
-        found.append(Fold((f"{block}.ff.net.0.proj",), ((path, rows[3], "shift"), (path, rows[4], "scale"))))
-        if cast(nn.Linear, model.get_submodule(attention[2])).bias is not None:
+    def folds(self, model: nn.Module) -> list[Fold]:
+        """Per block: the two adaLN modulations, and V's rows before the attention's output projection."""
+        found = []
+        for block in self.blocks(model):
+            path = f"{block}.norm1.linear"
+            width = cast(nn.Linear, model.get_submodule(path)).out_features // 6
+            rows = [slice(i * width, (i + 1) * width) for i in range(6)]  # shift, scale, gate: attention, feed-forward
+            attention = tuple(f"{block}.attn1.to_{n}" for n in "qkv")
+            found.append(Fold(attention, ((path, rows[0], "value"), (path, rows[1], "scale"))))
+            found.append(Fold((f"{block}.ff.net.0.proj",), ((path, rows[3], "value"), (path, rows[4], "scale"))))
             found.append(Fold((f"{block}.attn1.to_out.0",), ((attention[2], slice(None), "value"),)))
-    return found
+        return found
 
+    def classes(self) -> int | None:
+        return int(self.config["num_embeds_ada_norm"])
 
-def latent_shape(config: Config) -> tuple[int, ...]:
-    return (config["in_channels"], config["sample_size"], config["sample_size"])
+    def label(self, labels: torch.Tensor) -> tuple[Tensors, Tensors]:
+        return {"class_labels": labels}, {
+            "class_labels": torch.full_like(labels, int(self.config["num_embeds_ada_norm"]))
+        }
 
+    def feeds(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Tensors, guidance: float) -> Tensors:
+        return {"hidden_states": latent, "timestep": timestep.long(), **conditions}
 
-def conditions(config: Config, indices: Sequence[int], *, null: bool = False) -> dict[str, torch.Tensor]:
-    classes = int(config["num_embeds_ada_norm"])
-    labels = torch.tensor([classes if null else i % classes for i in indices])
-    return {"class_labels": labels}
-
-
-def feeds(
-    latent: torch.Tensor, timestep: torch.Tensor, conditions: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    return {"hidden_states": latent, "timestep": timestep.long(), **conditions}
-
-
-def prediction(config: Config, output: torch.Tensor) -> torch.Tensor:
-    return output[:, : config["in_channels"]]
-
-
-def call(model: nn.Module, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return cast(torch.Tensor, model(**feeds, return_dict=False)[0])
-
-
-def labels(config: Config, indices: Sequence[int]) -> torch.Tensor | None:
-    return conditions(config, indices)["class_labels"]
+    def prediction(self, output: torch.Tensor) -> torch.Tensor:
+        return output[:, : self.config["in_channels"]]

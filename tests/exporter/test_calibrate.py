@@ -10,6 +10,7 @@ from engines import artifacts
 from engines.errors import UserError
 from exporter import calibrate as stage
 from exporter.checkpoint import open_checkpoint
+from exporter.conditions import Conditions, calibration_entries
 from exporter.runners import TorchRunner
 from exporter.sampling import denoise
 
@@ -28,7 +29,8 @@ def test_records_are_the_inputs_of_every_step(tiny, tmp_path, small_batches):
     data = CalibrationSet(stage.calibrate(tiny, tmp_path / "set", samples=3, seed=5))
     assert len(data) == 2 * 3
     runner = TorchRunner("float", tiny.load(), tiny.family)
-    for call, (step, feeds) in zip(denoise(runner, tiny, [0, 1], 5), data.read(data.shards[0]), strict=True):
+    calls = denoise(runner, tiny, Conditions(tiny, calibration_entries(tiny, None)), [0, 1], 5)
+    for call, (step, feeds) in zip(calls, data.read(data.shards[0]), strict=True):
         assert step == call.step
         assert {"step", "timestep"} <= feeds.keys()
         for name, value in feeds.items():
@@ -93,3 +95,37 @@ def test_an_up_to_date_set_is_not_made_again(tiny, tmp_path):
     before = (first.path / artifacts.TIMINGS).stat().st_mtime_ns
     assert stage.calibrate(tiny, tmp_path / "set", samples=1).digest == first.digest
     assert (first.path / artifacts.TIMINGS).stat().st_mtime_ns == before
+
+
+def test_own_labels_are_read_around_and_around_and_stand_in_the_manifest(tiny, tmp_path):
+    made = stage.calibrate(tiny, tmp_path / "set", samples=3, prompts=["7", "04"])
+    assert made.info["entries"] == ["7", "4"]
+    data = CalibrationSet(made)
+    for _, feeds in data.read(data.shards[0]):
+        assert feeds["class_labels"].tolist() == [7, 4, 7]
+
+
+def test_sets_of_other_labels_have_other_digests_and_equal_ones_are_kept(tiny, tmp_path):
+    first = stage.calibrate(tiny, tmp_path / "a", samples=2, prompts=["1", "2"])
+    assert stage.calibrate(tiny, tmp_path / "b", samples=2, prompts=["2", "1"]).digest != first.digest
+    before = (first.path / artifacts.TIMINGS).stat().st_mtime_ns
+    assert stage.calibrate(tiny, tmp_path / "a", samples=2, prompts=["01", "2"]).digest == first.digest
+    assert (first.path / artifacts.TIMINGS).stat().st_mtime_ns == before
+
+
+def test_a_label_the_model_lacks_is_refused_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(UserError, match="'10' is no class"):
+        stage.calibrate(tiny, tmp_path / "set", samples=1, prompts=["3", "10"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"samples": 3}, {"seed": 1}, {"record_steps": [0]}, {"prompts": ["1"]}],
+    ids=["samples", "seed", "record_steps", "prompts"],
+)
+def test_a_set_is_found_again_by_what_it_was_asked_for(tiny, tmp_path, other):
+    asked = {"samples": 1, "seed": 0, "record_steps": None, "prompts": None}
+    made = stage.calibrate(tiny, tmp_path / "set", samples=1)
+    assert artifacts.current(made.path, stage.request_for(tiny, **asked)) is not None
+    assert artifacts.current(made.path, stage.request_for(tiny, **asked | other)) is None

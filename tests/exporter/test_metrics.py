@@ -10,15 +10,19 @@ import torch
 
 from engines.errors import UserError
 from exporter.metrics import (
-    TaskNet,
-    class_accuracy,
+    bootstrap_ci95,
+    bootstrap_ci95_of,
+    cosine,
     frechet_distance,
+    knn_precision,
     knn_recall,
-    load_task_net,
     mean_ci95,
     psnr_db,
     sqnr_db,
+    ssim,
 )
+
+AGREEMENT = 1e-6  # relative, of two libraries' fp64
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -161,21 +165,183 @@ def test_recall_falls_when_a_mode_is_dropped():
     assert knn_recall(modes[:50], modes) == 1.0
 
 
-def test_class_accuracy_is_the_share_of_images_taken_for_their_label():
-    torch.manual_seed(0)
-    net, images = TaskNet().eval(), random(20, 1, 8, 8).float()
-    labels = net(images).argmax(dim=1)
-    assert class_accuracy(net, images, labels) == 1.0
-    labels[:5] = (labels[:5] + 1) % 10
-    assert class_accuracy(net, images, labels) == 0.75
-    assert net.features(images).shape == (20, 64)
+def test_precision_counts_the_generated_points_that_the_real_ones_cover():
+    real = torch.arange(10, dtype=torch.float64)[:, None]
+    generated = torch.tensor([[0.5], [4.2], [-2.5], [100.0]], dtype=torch.float64)
+    assert knn_precision(real, generated, k=3) == 0.75
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
-def test_a_task_network_that_cannot_be_read_is_named_with_a_fix(tmp_path, content):
-    path = tmp_path / "features.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=r"features\.safetensors") as caught:
-        load_task_net(path)
+def test_precision_falls_when_samples_are_out_of_the_world_and_recall_does_not():
+    real = random(100, 4)
+    generated = torch.cat([real, real + 100])
+    assert knn_precision(real, generated) == 0.5
+    assert knn_recall(real, generated) == 1.0
+
+
+@pytest.mark.parametrize("score", [knn_recall, knn_precision])
+def test_too_few_features_for_k_neighbours_are_refused(score):
+    with pytest.raises(UserError, match="more than 3 features") as caught:
+        score(random(3, 2), random(3, 2))
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("shape", "seed"), [((4, 1, 8, 8), 0), ((3, 3, 32, 32), 1), ((2, 4, 11, 17), 2), ((2, 1, 6, 6), 3)]
+)
+def test_ssim_and_psnr_are_those_of_torchmetrics(shape, seed):
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    a = random(*shape, seed=seed).clamp(-1, 1)
+    b = (a + 0.3 * random(*shape, seed=seed + 10)).clamp(-1, 1)
+    expected = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")
+    assert ssim(a, b, 2.0).tolist() == pytest.approx(expected.tolist(), rel=AGREEMENT)
+    expected = peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
+    assert psnr_db(b, a, 2.0).tolist() == pytest.approx(expected.tolist(), rel=AGREEMENT)
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 9])
+def test_ssim_of_any_size_is_that_of_scipys_windows(size):
+    from scipy.ndimage import gaussian_filter
+
+    a, b = (random(1, 1, size, size, seed=seed)[0, 0].numpy() for seed in (0, 1))
+
+    def mean(x):
+        return gaussian_filter(x, 1.5, mode="mirror", radius=min(5, size - 1))
+
+    variance_a, variance_b, covariance = (mean(x * y) - mean(x) * mean(y) for x, y in ((a, a), (b, b), (a, b)))
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean(a) * mean(b) + c1) * (2 * covariance + c2)
+    similarity /= (mean(a) ** 2 + mean(b) ** 2 + c1) * (variance_a + variance_b + c2)
+    found = ssim(torch.from_numpy(a)[None, None], torch.from_numpy(b)[None, None], 1.0)
+    assert found.item() == pytest.approx(similarity.mean(), rel=AGREEMENT)
+
+
+def test_ssim_is_one_for_equal_images_and_less_for_others():
+    a = random(3, 3, 16, 16)
+    assert ssim(a, a, 2.0).tolist() == pytest.approx([1.0] * 3, abs=1e-12)  # fp64
+    noisy = [float(ssim(a, a + noise * random(3, 3, 16, 16, seed=1), 2.0).mean()) for noise in (0.1, 0.5, 2.0)]
+    assert 1 > noisy[0] > noisy[1] > noisy[2] > -1
+
+
+def test_the_cosine_is_that_of_scikit_learn():
+    from sklearn.metrics.pairwise import cosine_similarity
+
+    a, b = random(3, 4, 5), random(3, 4, 5, seed=1)
+    expected = cosine_similarity(a.reshape(1, -1), b.reshape(1, -1))[0, 0]
+    assert cosine(a, b) == pytest.approx(expected, rel=AGREEMENT)
+    assert cosine(1e-12 * a, 1e12 * b) == pytest.approx(expected, rel=AGREEMENT)
+
+
+def test_the_cosine_of_known_angles():
+    x = torch.tensor([3.0, 4.0])
+    assert cosine(x, 2 * x) == pytest.approx(1, abs=1e-15)
+    assert cosine(x, -x) == pytest.approx(-1, abs=1e-15)
+    assert cosine(x, torch.tensor([-4.0, 3.0])) == 0
+    assert cosine(x, torch.zeros(2)) == 0
+
+
+@pytest.mark.parametrize("dims", [3, 16])
+def test_frechet_is_that_of_scipys_matrix_root(dims):
+    from scipy.linalg import sqrtm
+
+    a, b = random(200, dims), random(300, dims, seed=1) @ random(dims, dims, seed=2) + 0.3
+    cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
+    mean = np.square(a.mean(0).numpy() - b.mean(0).numpy()).sum()
+    expected = mean + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=AGREEMENT)
+
+
+def test_frechet_is_that_of_torchmetrics_on_features_of_ones_own():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Flat(torch.nn.Flatten):
+        num_features = 12
+
+    a, b = random(100, 3, 2, 2), random(80, 3, 2, 2, seed=1) * 1.5 + 0.2
+    metric = FrechetInceptionDistance(feature=Flat(), normalize=True)
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert frechet_distance(a.flatten(1), b.flatten(1)) == pytest.approx(metric.compute().item(), rel=AGREEMENT)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_and_recall_are_those_of_scikit_learns_neighbours(k):
+    from sklearn.neighbors import NearestNeighbors
+
+    real, generated = random(150, 4).numpy(), (random(100, 4, seed=1) * 0.8 + 0.4).numpy()
+
+    def covered(points, centers):
+        radii = NearestNeighbors(n_neighbors=k + 1).fit(centers).kneighbors(centers)[0][:, -1]
+        return np.mean([(np.linalg.norm(centers - point, axis=1) <= radii).any() for point in points])
+
+    found = knn_recall(torch.from_numpy(real), torch.from_numpy(generated), k)
+    assert found == pytest.approx(covered(real, generated), rel=AGREEMENT)
+    found = knn_precision(torch.from_numpy(real), torch.from_numpy(generated), k)
+    assert found == pytest.approx(covered(generated, real), rel=AGREEMENT)
+
+
+def test_the_bootstrap_is_that_of_scipy():
+    from scipy.stats import bootstrap
+
+    values = random(60).numpy()
+    mean, (low, high) = bootstrap_ci95(values, resamples=5000)
+    expected = bootstrap((values,), np.mean, n_resamples=5000, method="percentile", rng=1).confidence_interval
+    # two draws of 5,000: each end is known to about 3 % of the width
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.06 * (high - low))
+    assert mean == values.mean()
+
+
+def test_the_bootstrap_of_equal_scores_is_a_point_and_never_leaves_their_range():
+    assert bootstrap_ci95(np.ones(20)) == (1.0, [1.0, 1.0])
+    _, (low, high) = bootstrap_ci95(np.array([1.0] * 19 + [0.0]))
+    assert 0 <= low < high <= 1
+
+
+def test_intervals_repeat_with_their_seed():
+    values, others = random(30, 2), random(40, 2, seed=1)
+    assert bootstrap_ci95(values[:, 0], seed=3) == bootstrap_ci95(values[:, 0], seed=3)
+    assert bootstrap_ci95(values[:, 0], seed=3) != bootstrap_ci95(values[:, 0], seed=4)
+    first, again, other = (bootstrap_ci95_of(frechet_distance, values, others, resamples=20, seed=s) for s in (3, 3, 4))
+    assert first == again
+    assert first[1] != other[1]
+    assert first[0] == frechet_distance(values, others)
+
+
+def coverage(interval, draw, truth: float, times: int) -> float:
+    inside = [low <= truth <= high for low, high in (interval(*draw(seed), seed) for seed in range(times))]
+    return sum(inside) / times
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [
+        lambda values, seed: bootstrap_ci95(values, resamples=150, seed=seed)[1],
+        lambda values, seed: bootstrap_ci95_of(lambda x: float(x.mean()), values, resamples=150, seed=seed)[1],
+    ],
+    ids=["resampled", "halves"],
+)
+def test_the_interval_of_a_mean_covers_the_truth_95_times_in_100(interval):
+    def draw(seed):  # scores 0 … 1, skewed as those of mostly right images are
+        return (torch.from_numpy(np.random.default_rng(seed).beta(8, 2, 60)),)
+
+    assert coverage(interval, draw, 0.8, times=200) == pytest.approx(0.95, abs=0.06)  # 4 deviations of 200 draws
+
+
+@pytest.mark.parametrize("statistic", [frechet_distance, knn_recall])
+def test_the_interval_of_a_set_score_covers_what_such_sets_score_on_average(statistic):
+    def draw(seed):
+        return random(60, 4, seed=2 * seed), random(60, 4, seed=2 * seed + 1) * 0.8 + 0.5
+
+    truth = float(np.mean([statistic(*draw(seed)) for seed in range(10_000, 10_200)]))
+
+    def interval(real, generated, seed):
+        return bootstrap_ci95_of(statistic, real, generated, resamples=80, seed=seed)[1]
+
+    assert coverage(interval, draw, truth, times=60) >= 0.84  # 4 deviations of 60 draws
+
+
+def test_a_set_compared_with_itself_by_rows_that_belong_together_has_no_spread():
+    x = random(50, 3)
+    pairs = torch.stack([x, x], dim=1)
+    value, interval = bootstrap_ci95_of(lambda rows: frechet_distance(rows[:, 0], rows[:, 1]), pairs, resamples=20)
+    assert (value, *interval) == pytest.approx((0, 0, 0), abs=1e-9)  # eigenvalues in fp64

@@ -7,7 +7,7 @@ import torch
 from common import RECIPES
 from safetensors.torch import load_file
 
-from exporter import quantized
+from exporter import quantized, ranges
 from exporter.quantize import reference_feeds, reference_steps
 from exporter.runners import TorchRunner
 
@@ -60,7 +60,32 @@ def test_reference_feeds_carry_step_and_timestep_of_first_and_last_step(quantize
         assert set(feeds["timestep"].tolist()) == {artifact.info["timesteps"][step]}
 
 
-def test_smoothquant_folds_into_adaln_and_values_in_every_block(quantized_of):
-    smoothed = quantized_of("int8").info["smoothed_layers"]
+def test_smoothquant_folds_into_adaln_and_values_in_every_block_and_multiplies_elsewhere(quantized_of):
+    artifact = quantized_of("int8")
     per_block = ["attn1.to_k", "attn1.to_out.0", "attn1.to_q", "attn1.to_v", "ff.net.0.proj"]
-    assert smoothed == sorted(f"transformer_blocks.{i}.{name}" for i in range(6) for name in per_block)
+    folded = {f"transformer_blocks.{i}.{name}" for i in range(6) for name in per_block}
+    multiplied = {path for path, spec in quantized.specs(artifact).items() if spec.multiplied}
+    assert multiplied == quantized.specs(artifact).keys() - folded
+    assert artifact.info["smoothed_layers"] == sorted(folded | multiplied)
+    assert {path for key in quantized.factors(artifact) for path in key.split("+")} == folded | multiplied
+
+
+def test_multipliers_are_stored_as_they_ship_in_fp16(quantized_of):
+    artifact = quantized_of("int8")
+    stored = load_file(artifact.file("weights-00000.safetensors"))
+    multiplied = [path for path, spec in quantized.specs(artifact).items() if spec.multiplied]
+    assert multiplied
+    for path in multiplied:
+        assert stored[f"{path}.input_multiplier"].dtype == torch.float16
+        assert (stored[f"{path}.input_multiplier"] > 0).all()
+
+
+def test_every_quantized_activation_has_its_ranges_at_every_step(quantized_of):
+    artifact = quantized_of("int8")
+    table = ranges.read(artifact)
+    assert table["steps"] == list(range(25))
+    assert table["layers"].keys() == artifact.info["layers"].keys()
+    for path, row in table["layers"].items():
+        assert len(row["absmax"]) == 25
+        assert row["range"] > 0, path
+        assert min(row["absmax"]) > 0, path

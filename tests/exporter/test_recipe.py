@@ -8,6 +8,7 @@ from engines.errors import UserError
 from exporter import recipe
 from exporter.formats.fp import Format as Fp
 from exporter.formats.int import Format as Int
+from exporter.modules import LayerFacts
 from exporter.recipe import CalibrationSpec, WeightSpec
 
 BLOCKS = ["blocks.0", "blocks.1", "blocks.10"]
@@ -16,6 +17,16 @@ LAYERS = [
     *[f"{block}.{leaf}" for block in BLOCKS for leaf in ("norm1.emb.linear_1", "attn1.to_q", "ff.net.2")],
     "proj_out",
 ]
+LINEAR, CONV = LayerFacts(conv=False, channels=64, grouped=False), LayerFacts(conv=True, channels=64, grouped=False)
+DIT = dict.fromkeys(LAYERS, LINEAR) | {"pos_embed.proj": LayerFacts(conv=True, channels=4, grouped=False)}
+UNET = {
+    "conv_in": LayerFacts(conv=True, channels=3, grouped=False),
+    "blocks.0.conv": CONV,
+    "blocks.0.narrow": LayerFacts(conv=True, channels=8, grouped=False),
+    "blocks.1.grouped": LayerFacts(conv=True, channels=64, grouped=True),
+    "blocks.1.to_q": LINEAR,
+    "blocks.10.small": LayerFacts(conv=False, channels=8, grouped=False),
+}
 REST = '[[rule]]\nlayers = "*"\nkeep = "float"\n'
 INT8 = '{ format = "int", bits = 8 }'
 
@@ -59,7 +70,7 @@ def load(tmp_path):
 def test_shipped_recipes_cover_a_dit(name):
     shipped = recipe.load(name)
     assert shipped.name == name
-    rules = shipped.assign(LAYERS, BLOCKS)
+    rules = shipped.assign(DIT, BLOCKS)
     assert list(rules) == LAYERS
     assert rules["pos_embed.proj"].weight is None
     assert rules["proj_out"].weight is None
@@ -67,13 +78,14 @@ def test_shipped_recipes_cover_a_dit(name):
 
 def test_shipped_recipes_say_what_their_names_say():
     assert {"fp16", "fp8", "int4", "int8"} <= set(recipe.names())
-    layers = {name: recipe.load(name).assign(LAYERS, BLOCKS)["blocks.0.attn1.to_q"] for name in recipe.names()}
+    layers = {name: recipe.load(name).assign(DIT, BLOCKS)["blocks.0.attn1.to_q"] for name in recipe.names()}
     assert layers["fp16"].weight is None
     assert layers["fp8"].weight == WeightSpec(Fp(4, 3), "channel")
     assert layers["fp8"].activation.format == Fp(4, 3)
     assert layers["int8"].weight == WeightSpec(Int(8), "channel")
     assert layers["int8"].method.name == "smoothquant"
     assert layers["int8"].method.options.alpha == 0.5
+    assert layers["int8"].method.options.multiply is True
     assert layers["int4"].weight == WeightSpec(Int(4), "block", 64)
     assert layers["int4"].activation is None
 
@@ -84,7 +96,7 @@ def test_the_first_matching_rule_wins(load):
         + rule('layers = "blocks.*"\nweight = { format = "int", bits = 4 }')
         + REST
     )
-    rules = made.assign(LAYERS, BLOCKS)
+    rules = made.assign(DIT, BLOCKS)
     assert rules["blocks.1.attn1.to_q"].weight.format == Int(8)
     assert rules["blocks.1.ff.net.2"].weight.format == Int(4)
     assert rules["proj_out"].weight is None
@@ -106,13 +118,13 @@ def test_patterns_match_whole_paths_as_a_shell_does(load, pattern, matched):
     rules = load(
         rule(f'layers = "{pattern}"\nweight = {INT8}') + REST.replace("[[rule]]\n", "[[rule]]\noptional = true\n")
     )
-    assigned = rules.assign(LAYERS, BLOCKS)
+    assigned = rules.assign(DIT, BLOCKS)
     assert sum(r.weight is not None for r in assigned.values()) == matched
 
 
 def test_patterns_tell_upper_from_lower_case(load):
     with pytest.raises(UserError, match="PROJ_OUT"):
-        load(rule('layers = "PROJ_OUT"\nkeep = "float"') + REST).assign(LAYERS, BLOCKS)
+        load(rule('layers = "PROJ_OUT"\nkeep = "float"') + REST).assign(DIT, BLOCKS)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +140,62 @@ def test_scope_says_which_part_of_the_model_a_rule_ranges_over(load, scope, matc
         rule(f'layers = "*"\nscope = "{scope}"\nweight = {INT8}')
         + rule('layers = "*"\noptional = true\nkeep = "float"')
     )
-    assert {p for p, r in made.assign(LAYERS, BLOCKS).items() if r.weight is not None} == matched
+    assert {p for p, r in made.assign(DIT, BLOCKS).items() if r.weight is not None} == matched
+
+
+@pytest.mark.parametrize(
+    ("words", "matched"),
+    [
+        ('type = "any"', set(UNET)),
+        ('type = "conv"', {"conv_in", "blocks.0.conv", "blocks.0.narrow", "blocks.1.grouped"}),
+        ('type = "linear"', {"blocks.1.to_q", "blocks.10.small"}),
+        ("grouped = true", {"blocks.1.grouped"}),
+        ("grouped = false", set(UNET)),
+        ("narrower_than = 16", {"conv_in", "blocks.0.narrow", "blocks.10.small"}),
+        ("narrower_than = 8", {"conv_in"}),
+        ('type = "conv"\nnarrower_than = 16', {"conv_in", "blocks.0.narrow"}),
+        ('type = "conv"\nscope = "blocks"\nnarrower_than = 16', {"blocks.0.narrow"}),
+        ('type = "linear"\ngrouped = true', set()),
+    ],
+)
+def test_a_rule_takes_the_layers_that_all_its_conditions_fit(load, words, matched):
+    made = load(
+        rule(f'layers = "*"\noptional = true\n{words}\nweight = {INT8}')
+        + rule('layers = "*"\noptional = true\nkeep = "float"')
+    )
+    assert {p for p, r in made.assign(UNET, BLOCKS).items() if r.weight is not None} == matched
+
+
+def test_a_rule_whose_conditions_fit_no_layer_is_an_error(load):
+    made = load(rule(f'layers = "blocks.1.to_q"\ntype = "conv"\nweight = {INT8}') + REST)
+    with pytest.raises(UserError, match=r"rule 1: layers = 'blocks\.1\.to_q'"):
+        made.assign(UNET, BLOCKS)
+
+
+def test_a_model_without_layers_has_nothing_to_quantize(load):
+    with pytest.raises(UserError, match="no Linear or Conv2d"):
+        load(REST).assign({}, BLOCKS)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_shipped_recipes_keep_convolutions_that_no_kernel_gains_from(name):
+    rules = recipe.load(name).assign(UNET, BLOCKS)
+    assert {p for p, r in rules.items() if r.weight is not None} == {
+        "blocks.0.conv",
+        "blocks.1.to_q",
+        "blocks.10.small",
+    }
+
+
+def test_shipped_recipes_split_skips_where_they_quantize_activations():
+    rules = {name: recipe.load(name).assign(UNET, BLOCKS)["blocks.0.conv"] for name in recipe.names()}
+    assert {name for name, found in rules.items() if found.split_skips} == {"fp8", "int8"}
+    assert rules["int4"].weight == WeightSpec(Int(4), "block", 32)
 
 
 def test_a_block_is_not_taken_for_one_whose_number_begins_alike(load):
     made = load(rule(f'layers = "*"\nscope = "blocks"\nweight = {INT8}') + REST)
-    rules = made.assign(["blocks.1.a", "blocks.10.a"], ["blocks.1"])
+    rules = made.assign({"blocks.1.a": LINEAR, "blocks.10.a": LINEAR}, ["blocks.1"])
     assert [r.weight is not None for r in rules.values()] == [True, False]
 
 
@@ -141,6 +203,7 @@ def test_what_a_rule_leaves_out_has_a_default(load):
     made = load(rule(f'layers = "*"\nweight = {INT8}\nactivation = {INT8}'))
     (only,) = made.rules
     assert (only.scope, only.optional, only.method.name) == ("all", False, "rtn")
+    assert (only.type, only.grouped, only.narrower_than, only.split_skips) == ("any", False, None, False)
     assert (only.weight.granularity, only.weight.block_size, only.activation.observer) == ("channel", 0, "absmax")
     assert made.calibration == CalibrationSpec(samples=64, record_steps=None)
 
@@ -178,6 +241,7 @@ BAD = {
     "granularity": (weight('format = "int", bits = 8, granularity = "chanel"'), "'chanel'", "'channel'"),
     "scope": (rule('layers = "*"\nscope = "outside_block"\nkeep = "float"'), "'outside_block'", "'outside_blocks'"),
     "keep": (rule('layers = "*"\nkeep = "flaot"'), "'flaot'", "'float'"),
+    "type": (rule('layers = "*"\ntype = "convolution"\nkeep = "float"'), "'convolution'", "'conv'"),
     # what does not go together, or lacks its other half
     "keep and weight": (rule(WEIGHT + 'keep = "float"'), "weight", "drop one"),
     "keep and activation": (rule(f'layers = "*"\nkeep = "float"\nactivation = {INT8}'), "activation", "drop one"),
@@ -236,6 +300,32 @@ BAD = {
         "optional = 'yes'",
         "optional = true",
     ),
+    "grouped as a word": (
+        rule('layers = "*"\ngrouped = "yes"\nkeep = "float"'),
+        "grouped = 'yes'",
+        "grouped = true",
+    ),
+    "split_skips as a number": (
+        rule(WEIGHT + "split_skips = 1"),
+        "split_skips = 1",
+        "split_skips = true",
+    ),
+    "narrower than one": (
+        rule('layers = "*"\nnarrower_than = 1\nkeep = "float"'),
+        "narrower_than = 1",
+        "at least 2",
+    ),
+    "narrower_than as a word": (
+        rule('layers = "*"\nnarrower_than = "16"\nkeep = "float"'),
+        "narrower_than = '16'",
+        "whole number",
+    ),
+    "narrower_than as a truth value": (
+        rule('layers = "*"\nnarrower_than = true\nkeep = "float"'),
+        "narrower_than = True",
+        "whole number",
+    ),
+    "multiply as a number": (method('name = "smoothquant", multiply = 1'), "multiply = 1", "True"),
     "alpha above one": (method('name = "smoothquant", alpha = 1.5'), "alpha = 1.5", "0 … 1"),
     "alpha below zero": (method('name = "smoothquant", alpha = -0.5'), "alpha = -0.5", "0 … 1"),
     "alpha that is no number": (method('name = "smoothquant", alpha = nan'), "alpha = nan", "0 … 1"),
@@ -269,14 +359,14 @@ def test_a_fault_in_a_rule_says_which_rule_it_is(load, fault):
 def test_a_layer_without_a_rule_is_named_and_the_rest_counted(load):
     made = load(rule(f'layers = "blocks.*"\nweight = {INT8}'))
     with pytest.raises(UserError, match=r"pos_embed\.proj.*1 more") as caught:
-        made.assign(LAYERS, BLOCKS)
+        made.assign(DIT, BLOCKS)
     assert 'layers = "*"' in caught.value.fix
 
 
 def test_a_rule_that_matches_nothing_is_named_with_what_it_may_have_meant(load):
     made = load(REST + rule(f'layers = "blocks.0.attn1.to_p"\nweight = {INT8}'))
     with pytest.raises(UserError, match=r"rule 2: layers = 'blocks\.0\.attn1\.to_p'") as caught:
-        made.assign(LAYERS, BLOCKS)
+        made.assign(DIT, BLOCKS)
     assert "blocks.0.attn1.to_q" in caught.value.fix
     assert "optional = true" in caught.value.fix
 
@@ -284,12 +374,12 @@ def test_a_rule_that_matches_nothing_is_named_with_what_it_may_have_meant(load):
 def test_a_rule_that_matches_nothing_in_its_scope_is_an_error(load):
     made = load(rule(f'layers = "proj_out"\nscope = "blocks"\nweight = {INT8}') + REST)
     with pytest.raises(UserError, match=r"rule 1: layers = 'proj_out' \(scope 'blocks'\)"):
-        made.assign(LAYERS, BLOCKS)
+        made.assign(DIT, BLOCKS)
 
 
 def test_an_optional_rule_may_match_nothing(load):
     made = load(rule(f'layers = "unet.*"\noptional = true\nweight = {INT8}') + REST)
-    assert all(r.weight is None for r in made.assign(LAYERS, BLOCKS).values())
+    assert all(r.weight is None for r in made.assign(DIT, BLOCKS).values())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from engines.errors import UserError
 from exporter.checkpoint import open_checkpoint
+from exporter.conditions import Conditions, calibration_entries
 from exporter.runners import TorchRunner
 from exporter.sampling import denoise, noise, sample, scheduler_for, timesteps
 
@@ -24,12 +25,17 @@ def runner(tiny):
     return TorchRunner("float", tiny.load(), tiny.family)
 
 
+@pytest.fixture(scope="module")
+def conditions(tiny):
+    return Conditions(tiny, calibration_entries(tiny, None))
+
+
 def guided(tiny, scale):
     return replace(tiny, sampler=tiny.sampler | {"guidance_scale": scale})
 
 
-def test_a_sample_does_not_depend_on_its_batch(tiny, runner):
-    together, alone = sample(runner, tiny, [3, 4, 5], seed=7), sample(runner, tiny, [4], seed=7)
+def test_a_sample_does_not_depend_on_its_batch(tiny, runner, conditions):
+    together, alone = (sample(runner, tiny, conditions, indices, seed=7) for indices in ([3, 4, 5], [4]))
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)  # matmuls of other sizes sum in other orders
 
 
@@ -40,8 +46,8 @@ def test_noise_differs_by_seed_and_sample_and_is_repeatable():
     assert not torch.equal(first, noise(1, [0, 1], (1, 8, 8)))
 
 
-def test_every_call_carries_its_step_and_timestep(tiny, runner):
-    calls = list(denoise(runner, tiny, [0, 1], seed=0))
+def test_every_call_carries_its_step_and_timestep(tiny, runner, conditions):
+    calls = list(denoise(runner, tiny, conditions, [0, 1], seed=0))
     assert [call.step for call in calls] == [0, 1, 2, 3]
     assert [call.timestep for call in calls] == timesteps(tiny)
     for call in calls:
@@ -49,8 +55,8 @@ def test_every_call_carries_its_step_and_timestep(tiny, runner):
         assert call.feeds["timestep"].tolist() == [call.timestep] * 2
 
 
-def test_guidance_doubles_the_batch_with_the_null_class(tiny, runner):
-    call = next(denoise(runner, guided(tiny, 4.0), [2, 3], seed=0))
+def test_guidance_doubles_the_batch_with_the_null_class(tiny, runner, conditions):
+    call = next(denoise(runner, guided(tiny, 4.0), conditions, [2, 3], seed=0))
     assert call.feeds["class_labels"].tolist() == [2, 3, 10, 10]
     np.testing.assert_array_equal(call.feeds["hidden_states"][:2], call.feeds["hidden_states"][2:])
 
@@ -65,13 +71,14 @@ class Constant:
         return {"sample": np.broadcast_to(wanted[:, None, None, None], feeds["hidden_states"].shape).copy()}
 
 
-def test_guidance_of_scale_g_steps_with_u_plus_g_times_the_difference(tiny):
+def test_guidance_of_scale_g_steps_with_u_plus_g_times_the_difference(tiny, conditions):
     class Scaled(Constant):
         def run(self, feeds):
             return {"sample": np.full(feeds["hidden_states"].shape, 3.0, np.float32)}
 
     # u + 3 (c − u) with u = 0 and c = 1 is 3, so the two must walk the same way; fp32's own arithmetic, exactly
-    assert torch.equal(sample(Constant(), guided(tiny, 3.0), [0], 0), sample(Scaled(), tiny, [0], 0))
+    wanted = sample(Scaled(), tiny, conditions, [0], 0)
+    assert torch.equal(sample(Constant(), guided(tiny, 3.0), conditions, [0], 0), wanted)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])

@@ -1,4 +1,5 @@
-"""Requires: the exporter's scope metadata. Does: names nodes and interface. Ensures: plans map back to modules.
+"""Requires: the exporter's scope metadata. Does: names nodes and interface. Ensures: plans map back to modules,
+and every axis that a family calls dynamic is.
 
 A node is named `<module path>/<op>`, numbered where a module holds several; inputs, outputs and dynamic axes get the
 family's names; weights lose the tracing wrapper's prefix.
@@ -12,13 +13,15 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from exporter.models import TensorSpec
+
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class NameAfterModules(ir.passes.InPlacePass):
-    def __init__(self, prefix: str, inputs: Sequence[str], output: str, axes: Sequence[str]) -> None:
+    def __init__(self, prefix: str, inputs: Sequence[TensorSpec], output: TensorSpec) -> None:
         super().__init__()
-        self.prefix, self.inputs, self.output, self.axes = prefix, inputs, output, axes
+        self.prefix, self.inputs, self.output = prefix, inputs, output
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -31,10 +34,9 @@ class NameAfterModules(ir.passes.InPlacePass):
             name = f"{self._module(node)}/{node.op_type}".lstrip("/")
             node.name = f"{name}_{seen[name]}" if seen[name] else name
             seen[name] += 1
-        for value, name in zip(graph.inputs, self.inputs, strict=True):
-            value.name = name
-        graph.outputs[0].name = self.output
-        self._name_axes(graph)
+        for value, spec in zip((*graph.inputs, graph.outputs[0]), (*self.inputs, self.output), strict=True):
+            self._check_axes(value, spec)
+            value.name, value.shape = spec.name, ir.Shape(spec.shape)
         return ir.passes.PassResult(model, modified=True)
 
     def _module(self, node: ir.Node) -> str:
@@ -43,9 +45,10 @@ class NameAfterModules(ir.passes.InPlacePass):
         modules = [s for s in scopes[:-1] if s.startswith(self.prefix)]
         return modules[-1].removeprefix(self.prefix) if modules else ""
 
-    def _name_axes(self, graph: ir.Graph) -> None:
-        # Every family has one dynamic axis so far, so every symbol stands for it.
-        (axis,) = self.axes
-        for value in (*graph.inputs, *graph.outputs):
-            assert value.shape is not None
-            value.shape = ir.Shape([axis if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+    def _check_axes(self, value: ir.Value, spec: TensorSpec) -> None:
+        assert value.shape is not None
+        for size, wanted in zip(value.shape, spec.shape, strict=True):
+            if isinstance(size, ir.SymbolicDim) != isinstance(wanted, str) or (
+                size != wanted and isinstance(size, int)
+            ):
+                raise AssertionError(f"{spec.name}: traced as {list(value.shape)}, its family says {list(spec.shape)}")

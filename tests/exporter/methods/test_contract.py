@@ -49,7 +49,7 @@ def squared_error(tensor, x: torch.Tensor) -> float:
 def test_every_file_is_a_method():
     assert {"rtn", "smoothquant"} <= set(methods.names())
     for name in methods.names():
-        assert callable(methods.load(name).prepare)
+        assert callable(methods.load(name).factors)
         assert callable(methods.load(name).quantize_weight)
 
 
@@ -67,7 +67,7 @@ def test_options_are_a_frozen_dataclass_with_defaults(name):
 @every_method
 def test_signatures_are_those_of_the_protocol(name):
     method = methods.load(name)
-    for function in ("prepare", "quantize_weight"):
+    for function in ("factors", "quantize_weight"):
         expected = list(inspect.signature(getattr(methods.Method, function)).parameters)[1:]  # without self
         assert list(inspect.signature(getattr(method, function)).parameters) == expected
     assert isinstance(method.NEEDS_CHANNEL_ABSMAX, bool)
@@ -117,12 +117,37 @@ def test_a_weight_of_zeros_stays_zero(name):
     assert torch.equal(tensor.dequantize(), torch.zeros(8, 4))
 
 
+def two_layers() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Linear(6, 3))
+
+
+STATISTICS = {"0": torch.tensor([0.0, 1.0, 5.0, 100.0]), "1": torch.linspace(0.1, 10, 6)}
+
+
 @every_method
-def test_nothing_to_prepare_changes_nothing(name):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+def test_factors_are_asked_for_without_changing_the_model(name):
+    model = two_layers()
     before = [p.clone() for p in model.parameters()]
-    assert methods.load(name).prepare(model, ["0"], [], {"0": torch.ones(4)}, options(name)) == []
+    methods.load(name).factors(model, ["0", "1"], [], STATISTICS, options(name))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not model[0]._forward_pre_hooks
+
+
+@every_method
+def test_factors_are_positive_numbers_one_for_each_input_of_layers_asked_for(name):
+    model = two_layers()
+    found = methods.load(name).factors(model, ["0", "1"], [], STATISTICS, options(name))
+    assert found.keys() <= {"0", "1"}
+    for path, factor in found.items():
+        assert factor.shape == (model.get_submodule(path).weight.shape[1],)
+        assert factor.isfinite().all()
+        assert (factor > 0).all()
+
+
+@every_method
+def test_no_layers_no_factors(name):
+    assert methods.load(name).factors(two_layers(), [], [], {}, options(name)) == {}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +158,7 @@ def test_nothing_to_prepare_changes_nothing(name):
         ("smoothquant", {"alhpa": 0.5}, "'alhpa'", "did you mean 'alpha'"),
         ("smoothquant", {"alpha": "half"}, "alpha = 'half'", "0.5"),
         ("smoothquant", {"alpha": True}, "alpha = True", "0.5"),
+        ("smoothquant", {"multiply": 1}, "multiply = 1", "True"),
         ("rtn", {"alpha": 0.5}, "'alpha'", "known: none"),
     ],
 )

@@ -1,4 +1,4 @@
-"""SmoothQuant on a small DiT: the same function, other weights, inputs that quantize better."""
+"""SmoothQuant on a small DiT: the same function, other weights, inputs that quantize better; folded or multiplied."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import torch
 from common import TINY
 
 from engines.errors import UserError
+from exporter import scaling
 from exporter.formats.int import Format as Int
 from exporter.methods import smoothquant
 from exporter.methods.smoothquant import FLOOR, Options, smoothing_factor
 from exporter.metrics import sqnr_db
-from exporter.models import dit
+from exporter.models import family_of
+from exporter.modules import float_layers
 from exporter.tensors import fake_quantize, scale_for
 
 CONFIG = {key: value for key, value in TINY.items() if not key.startswith("_")}
+FAMILY = family_of(TINY["_class_name"], CONFIG, "tiny")
 WIDTH = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
 OUTLIERS = [3, 17]  # channels
 # The fold is an identity of real numbers; in fp64 each of the few hundred dependent operations rounds by 1e-16.
@@ -28,7 +31,7 @@ TOLERANCE = 1e-11
 def original():
     """A DiT in fp64 whose parameters are all random, and whose blocks modulate two channels far beyond the others."""
     torch.manual_seed(0)
-    model = dit.build(CONFIG).double().eval().requires_grad_(False)
+    model = FAMILY.build().double().eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.1)
     for block in model.transformer_blocks:
@@ -47,14 +50,14 @@ def model(original):
 def feeds():
     generator = torch.Generator().manual_seed(1)
     return {
-        "hidden_states": torch.randn(3, *dit.latent_shape(CONFIG), dtype=torch.float64, generator=generator),
+        "hidden_states": torch.randn(3, *FAMILY.latent_shape(), dtype=torch.float64, generator=generator),
         "timestep": torch.tensor([999, 500, 1]),
         "class_labels": torch.tensor([0, 7, 10]),
     }
 
 
 def consumers(model) -> list[str]:
-    return [path for fold in dit.folds(model) for path in fold.consumers]
+    return [path for fold in FAMILY.folds(model) for path in fold.consumers]
 
 
 def inputs_of(model, paths: list[str], feeds) -> dict[str, torch.Tensor]:
@@ -66,35 +69,40 @@ def inputs_of(model, paths: list[str], feeds) -> dict[str, torch.Tensor]:
         )
         for path in paths
     ]
-    dit.call(model, feeds)
+    FAMILY.call(model, feeds)
     for handle in handles:
         handle.remove()
     return seen
 
 
-def channel_absmax(model, feeds) -> dict[str, torch.Tensor]:
-    return {path: x.abs().flatten(0, -2).amax(dim=0) for path, x in inputs_of(model, consumers(model), feeds).items()}
+def channel_absmax(model, feeds, paths: list[str] | None = None) -> dict[str, torch.Tensor]:
+    inputs = inputs_of(model, consumers(model) if paths is None else paths, feeds)
+    return {path: x.abs().flatten(0, -2).amax(dim=0) for path, x in inputs.items()}
 
 
 def prepare(model, feeds, alpha: float = 0.5, paths: list[str] | None = None) -> list[str]:
+    """Folds what folds exactly; returns the layers that changed."""
     wanted = consumers(model) if paths is None else paths
-    return smoothquant.prepare(model, wanted, dit.folds(model), channel_absmax(model, feeds), Options(alpha))
+    folds = FAMILY.folds(model)
+    found = smoothquant.factors(model, wanted, folds, channel_absmax(model, feeds), Options(alpha, multiply=False))
+    assert scaling.apply(model, folds, found) == []
+    return [path for paths in found for path in paths.split("+")]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_the_models_function_stays_as_it_was(model, feeds, alpha):
-    before = dit.call(model, feeds)
+    before = FAMILY.call(model, feeds)
     prepare(model, feeds, alpha)
-    after = dit.call(model, feeds)
+    after = FAMILY.call(model, feeds)
     assert before.abs().max() > 0.1
     assert (after - before).abs().max() <= TOLERANCE * before.abs().max()
 
 
 def test_the_function_stays_on_inputs_that_were_never_observed(model, feeds):
     other = {**feeds, "hidden_states": feeds["hidden_states"].flip(0) * 3, "timestep": torch.tensor([3, 30, 300])}
-    before = dit.call(model, other)
+    before = FAMILY.call(model, other)
     prepare(model, feeds)
-    assert (dit.call(model, other) - before).abs().max() <= TOLERANCE * before.abs().max()
+    assert (FAMILY.call(model, other) - before).abs().max() <= TOLERANCE * before.abs().max()
 
 
 def test_every_consumer_changes_and_is_reported(original, model, feeds):
@@ -111,7 +119,7 @@ def test_only_consumers_and_what_feeds_them_change(original, model, feeds):
     prepare(model, feeds)
     touched = {f"{path}.weight" for path in consumers(model)}
     touched |= {
-        f"{path}.{leaf}" for fold in dit.folds(model) for path, _, _ in fold.parts for leaf in ("weight", "bias")
+        f"{path}.{leaf}" for fold in FAMILY.folds(model) for path, _, _ in fold.parts for leaf in ("weight", "bias")
     }
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, original.get_parameter(name))}
     assert changed == touched
@@ -149,6 +157,39 @@ def test_at_alpha_one_every_channel_reaches_equally_far(model, feeds):
     prepare(model, feeds, alpha=1.0)
     for path, largest in channel_absmax(model, feeds).items():
         assert largest.max() <= largest.min() * (1 + 1e-9), path  # fp64: every channel was divided by its own largest
+
+
+def linears(model) -> list[str]:
+    return [path for path, layer in float_layers(model).items() if isinstance(layer, torch.nn.Linear)]
+
+
+def test_layers_behind_no_fold_multiply_their_input_and_the_function_stays(original, model, feeds):
+    paths, folds = linears(model), FAMILY.folds(model)
+    before = FAMILY.call(model, feeds)
+    found = smoothquant.factors(model, paths, folds, channel_absmax(model, feeds, paths), Options(0.5))
+    explicit = scaling.apply(model, folds, found)
+    assert sorted(explicit) == sorted(set(paths) - set(consumers(model)))
+    # multipliers are fp16 and their reciprocals fp32: each layer's weight is then off by 1e-7 of itself
+    assert (FAMILY.call(model, feeds) - before).abs().max() <= 1e-5 * before.abs().max()
+    assert (FAMILY.call(original, feeds) - before).abs().max() <= TOLERANCE * before.abs().max()
+
+
+def test_a_layer_whose_fold_is_torn_by_another_rule_multiplies_its_own_input(model, feeds):
+    kept = "transformer_blocks.0.attn1.to_k"
+    paths = [path for path in consumers(model) if path != kept]
+    found = smoothquant.factors(model, paths, FAMILY.folds(model), channel_absmax(model, feeds), Options())
+    assert {"transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn1.to_v"} <= found.keys()
+    assert kept not in {path for key in found for path in key.split("+")}
+
+
+def test_the_factors_of_a_convolution_follow_its_input_channels():
+    conv = torch.nn.Conv2d(3, 2, 3, bias=False)
+    torch.nn.init.ones_(conv.weight)
+    conv.weight.data[:, 1] = 4.0
+    (factor,) = smoothquant.factors(
+        torch.nn.Sequential(conv), ["0"], [], {"0": torch.tensor([4.0, 4.0, 16.0])}, Options(0.5)
+    ).values()
+    assert factor.tolist() == pytest.approx([2, 1, 4], rel=1e-6)  # fp32 powers
 
 
 def test_the_factor_is_that_of_the_paper():

@@ -1,0 +1,52 @@
+"""Per-channel factors that move from activations into weights: folded where that is exact, else an explicit multiply.
+
+A set of factors maps the paths of the layers that share an input, joined by "+", to s [in]: those layers' weights are
+multiplied by s along their inputs, and what they read is divided by it. The model computes what it did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from calib_data.tensors import save_tensors
+from exporter.models import Fold
+from exporter.modules import float_layer, multiply_input
+
+FILE = "factors.safetensors"
+# Multipliers ship as fp16, so that every graph multiplies by the same number: its normal range bounds them.
+LEAST, MOST = 2.0**-14, 65504.0
+
+Factors = Mapping[str, torch.Tensor]
+
+
+def key(paths: Sequence[str]) -> str:
+    return "+".join(paths)
+
+
+def apply(model: nn.Module, folds: Sequence[Fold], factors: Factors) -> list[str]:
+    """Applies factors to a float model in place; returns the layers that multiply their own input."""
+    known = {key(fold.consumers): fold for fold in folds}
+    explicit = []
+    with torch.no_grad():
+        for paths, factor in factors.items():
+            fold = known.get(paths)
+            if fold is None:
+                multiplier = (1 / factor).clamp(LEAST, MOST).half().float()
+                factor = 1 / multiplier
+                multiply_input(float_layer(model, paths), multiplier)
+                explicit.append(paths)
+            for path in paths.split("+"):
+                weight = float_layer(model, path).weight
+                weight.mul_(factor.reshape(1, -1, *[1] * (weight.ndim - 2)))
+            if fold is not None:
+                fold.divide(model, factor)
+    return explicit
+
+
+def save(factors: Factors, folder: Path) -> None:
+    if factors:
+        save_tensors(dict(factors), folder / FILE)
