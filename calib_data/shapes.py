@@ -19,8 +19,8 @@ from scipy import ndimage
 from engines.errors import UserError, unknown
 
 SIZE = 32  # pixels to a side
-# Redder to the right, bluer downward. Flat ground tells a convolution nothing of where it is, and a U-Net trained on it
-# for 32,000 pictures still placed objects at random; this ground has to be drawn too, and then shows the place.
+# Redder to the right, bluer downward. Flat ground tells a convolution nothing of where it is; this one has to be drawn
+# too, and then shows the place.
 _RAMP = np.linspace(-0.95, -0.35, SIZE)
 BACKGROUND = np.stack(np.broadcast_arrays(_RAMP[None, :], -0.9, _RAMP[:, None]))  # [3, 32, 32]
 COLOURS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +73,7 @@ def score(
         raise UserError(f"score {name}: {fault[0]}", fix=fault[1])
     from safetensors import SafetensorError
 
-    with _offline(), torch.no_grad():
+    with _offline(), _no_pickle(), torch.no_grad():
         paths = one.files(weights)
         try:
             compute = one.load(paths)
@@ -117,6 +118,17 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def _no_pickle() -> Iterator[None]:
+    """Makes torch read tensors alone from its files, whatever the library that opens them asks for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before, os.environ[name] = os.environ.get(name), "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def _torch_file(name: str) -> Callable[[Path | None], list[Path]]:

@@ -26,10 +26,10 @@ class WideSums(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.FUNCTIONS or args[0].dtype != torch.float16:
+        kwargs = dict(kwargs or {})
+        if func not in self.FUNCTIONS or next(iter((*args, *kwargs.values()))).dtype != torch.float16:
             return func(*args, **kwargs)
-        wide_args, wide_kwargs = tree_map(_widened, (args, dict(kwargs)))
+        wide_args, wide_kwargs = tree_map(_widened, (args, kwargs))
         return func(*wide_args, **wide_kwargs).to(torch.float16)
 
 

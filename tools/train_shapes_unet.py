@@ -8,7 +8,6 @@ step's data comes from a generator keyed by seed and step. Resumable: the same c
 """
 
 import itertools
-import json
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
+from train_digits_dit import SCHEDULER, write_json
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from calib_data import shapes
@@ -50,14 +50,6 @@ TEXT = {
     "pad_token_id": SPECIAL.index("<pad>"),
     "bos_token_id": SPECIAL.index("<start>"),
     "eos_token_id": SPECIAL.index("<end>"),
-}
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "squaredcos_cap_v2",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "clip_sample": True,
-    "set_alpha_to_one": True,
 }
 SAMPLER = {
     "steps": 20,
@@ -199,10 +191,6 @@ def write_captions(path: Path, count: int, *, held_out: bool) -> None:
     """Writes captions of one side of the split, drawn from a seed of their own."""
     drawn = itertools.islice(shapes.draw(np.random.default_rng(2024), held_out=held_out), count)
     path.write_text("".join(f"{caption}\n" for caption in drawn))
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def save_state(

@@ -104,9 +104,16 @@ class Family(ABC):
     def axes(self) -> dict[str, Axis]:
         """Returns the dynamic axes by name, "batch" among them."""
 
-    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """Returns the latent's height and width that the model was trained at."""
+        size = self.config["sample_size"]
+        if size is None:
+            raise UserError(f"{self.CLASS}: its config has no sample_size", fix='add "sample_size": the latent\'s side')
+        return (size, size) if isinstance(size, int) else tuple(size)
+
     def latent_shape(self) -> tuple[int, ...]:
         """Returns the shape of one sample's latent, without the batch axis."""
+        return (self.config["in_channels"], *self.size())
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[str]:
@@ -134,7 +141,7 @@ class Family(ABC):
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> tuple[Tensors, Tensors]:
         """Returns the conditioning inputs that come from captions, and those of no caption, a row each."""
-        raise NotImplementedError(f"{self.CLASS} reads no captions")
+        return {}, {}
 
     def constants(self, count: int) -> Tensors:
         """Returns the inputs that are the same for every caption (sizes, positions), `count` rows."""
@@ -142,7 +149,7 @@ class Family(ABC):
 
     def tokens(self) -> int:
         """Returns how many positions of a latent the model attends over, which some schedules depend on."""
-        return math.prod(self.latent_shape()[1:])
+        return math.prod(side // int(self.config.get("patch_size", 1)) for side in self.size())
 
     def rows(self, most: int) -> int:
         """Returns how many rows to run at once: at most `most`, fewer of large latents, so that memory is bounded."""

@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import nn
 
-from engines.errors import UserError
 from exporter.models import Axis, Family, Fold, Tensors, TensorSpec, batch_axis, size_axis
 
 _BLOCK = re.compile(
@@ -34,23 +33,14 @@ class UNet(Family):
     def output(self) -> TensorSpec:
         return TensorSpec("out_sample", "float", ("batch", self.config["out_channels"], "height", "width"))
 
-    def _size(self) -> tuple[int, int]:
-        size = self.config["sample_size"]
-        if size is None:
-            raise UserError(f"{self.CLASS}: its config has no sample_size", fix='add "sample_size": the latent\'s side')
-        return (size, size) if isinstance(size, int) else tuple(size)
-
     def axes(self) -> dict[str, Axis]:
-        height, width = self._size()
+        height, width = self.size()
         multiple = 2 ** (len(self.config["block_out_channels"]) - 1)
         return {
             "batch": batch_axis(height * width),
             "height": size_axis(height, multiple),
             "width": size_axis(width, multiple),
         }
-
-    def latent_shape(self) -> tuple[int, ...]:
-        return (self.config["in_channels"], *self._size())
 
     def blocks(self, model: nn.Module) -> list[str]:
         """The parts that read one tensor: residual blocks, attentions, samplers."""

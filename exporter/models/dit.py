@@ -32,9 +32,6 @@ class DiT(Family):
     def axes(self) -> dict[str, Axis]:
         return {"batch": batch_axis(self.config["sample_size"] ** 2)}
 
-    def latent_shape(self) -> tuple[int, ...]:
-        return (self.config["in_channels"], self.config["sample_size"], self.config["sample_size"])
-
     def blocks(self, model: nn.Module) -> list[str]:
         return [f"transformer_blocks.{i}" for i in range(len(cast(nn.ModuleList, model.transformer_blocks)))]
 

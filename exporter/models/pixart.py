@@ -5,7 +5,6 @@ Source: Chen et al., arXiv 2310.00426 and 2403.04692; a DiT that reads text thro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -65,12 +64,6 @@ class PixArt(Family):
     def axes(self) -> dict[str, Axis]:
         text = Axis(1, self._text_tokens, SIGMA_TOKENS)
         return {"batch": batch_axis(self.config["sample_size"] ** 2), "text_tokens": text}
-
-    def latent_shape(self) -> tuple[int, ...]:
-        return (self.config["in_channels"], self.config["sample_size"], self.config["sample_size"])
-
-    def tokens(self) -> int:
-        return math.prod(side // int(self.config["patch_size"]) for side in self.latent_shape()[1:])
 
     def blocks(self, model: nn.Module) -> list[str]:
         return [f"transformer_blocks.{i}" for i in range(len(cast(nn.ModuleList, model.transformer_blocks)))]

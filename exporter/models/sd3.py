@@ -5,7 +5,6 @@ Source: Esser et al., arXiv 2403.03206; image and text are two streams of tokens
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -55,12 +54,6 @@ class SD3(Family):
         side = replace(side, max=min(side.max, self.config["pos_embed_max_size"] * patch))
         text = Axis(1, CLIP_TOKENS + T5_TOKENS, CLIP_TOKENS + T5_MOST)
         return {"batch": batch_axis(size**2), "height": side, "width": side, "text_tokens": text}
-
-    def latent_shape(self) -> tuple[int, ...]:
-        return (self.config["in_channels"], self.config["sample_size"], self.config["sample_size"])
-
-    def tokens(self) -> int:
-        return math.prod(side // int(self.config["patch_size"]) for side in self.latent_shape()[1:])
 
     def blocks(self, model: nn.Module) -> list[str]:
         return [f"transformer_blocks.{i}" for i in range(len(cast(nn.ModuleList, model.transformer_blocks)))]

@@ -84,5 +84,8 @@ class UNetCondition(UNet):
 
     def call(self, model: nn.Module, feeds: Mapping[str, Any]) -> torch.Tensor:
         added = {name: feeds[name] for name in ("text_embeds", "time_ids") if name in feeds}
+        if added:  # concatenated with the sizes' fp32 embedding: the ONNX exporter does not widen what torch does
+            pooled = added["text_embeds"]
+            added["text_embeds"] = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
         plain: dict[str, Any] = {name: value for name, value in feeds.items() if name not in added}
         return super().call(model, plain | ({"added_cond_kwargs": added} if added else {}))
