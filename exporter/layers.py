@@ -32,10 +32,11 @@ def compare_layers(run: Run) -> list[Json]:
     runner = TorchRunner("quantized", model, family)
     layers = list(quantized.quantized_layers(model).items())
     groups = [dict(layers[i : i + GROUP]) for i in range(0, len(layers), GROUP)]
+    graphs = {dtype: LayerGraphs(graph) for dtype, graph in run.graphs.items()}
     rows: list[Json] = []
     for group in progress.track(groups, len(groups), f"comparing layers ({GROUP} at a time)"):
         inputs = record_inputs(group, runner, reference)
-        for dtype, graph in run.graphs.items():
+        for dtype, graph in graphs.items():
             rows += [{"dtype": dtype, **compare_layer(graph, p, layer, inputs[p])} for p, layer in group.items()]
     return rows
 
@@ -59,12 +60,12 @@ def record_inputs(
     return inputs
 
 
-def compare_layer(graph: Artifact, path: str, layer: QuantizedLayer, inputs: Sequence[torch.Tensor]) -> Json:
+def compare_layer(graph: LayerGraphs, path: str, layer: QuantizedLayer, inputs: Sequence[torch.Tensor]) -> Json:
     """Runs one layer's nodes in ONNX Runtime and its module in PyTorch."""
     dtype = np.float16 if graph.info["dtype"] == "fp16" else np.float32
-    run_output = ort.OrtRunner(ort.open_session(layer_model(graph, path, codes=False), graph.info))
+    run_output = ort.OrtRunner(ort.open_session(graph.cut(path, codes=False), graph.info))
     fmt = layer.spec.activation
-    run_codes = ort.open_session(layer_model(graph, path, codes=True), graph.info) if fmt else None
+    run_codes = ort.open_session(graph.cut(path, codes=True), graph.info) if fmt else None
     ours, theirs, different, total = [], [], 0, 0
     for x in inputs:
         with torch.no_grad():
@@ -85,18 +86,28 @@ def expected_codes(layer: QuantizedLayer, fmt: Format, x: torch.Tensor) -> np.nd
     return fmt.encode(x / layer.activation_scale).view(torch.uint8).numpy().ravel()
 
 
-def layer_model(graph: Artifact, path: str, *, codes: bool) -> bytes:
-    """Cuts one layer out of a graph: x → y, or with `codes` x → its activation's codes."""
-    model = ir.load(graph.file("model.onnx"))
-    nodes = [node for node in model.graph if node.name and node.name.rpartition("/")[0] == path]
-    made = {value for node in nodes for value in node.outputs}
-    entries = [v for n in nodes for v in n.inputs if v is not None and v not in made and not v.is_initializer()]
-    quantizers = [node for node in nodes if node.op_type == "QuantizeLinear"]
-    quantizers = [node for node in nodes if quantizers and quantizers[0].inputs[0] in node.outputs] + quantizers
-    exit_ = quantizers[-1].outputs[0] if codes else nodes[-1].outputs[0]
-    if len(set(entries)) != 1:
-        raise AssertionError(f"{path}: its nodes read {len(set(entries))} tensors where a layer reads one")
-    return _cut(model, quantizers if codes else nodes, entries[0], exit_, graph.info["dtype"], path, codes=codes)
+class LayerGraphs:
+    """Cuts single layers out of a graph, which is read once."""
+
+    def __init__(self, graph: Artifact) -> None:
+        self.info = graph.info
+        self._model = ir.load(graph.file("model.onnx"))
+        self._nodes: dict[str, list[ir.Node]] = {}
+        for node in self._model.graph:
+            self._nodes.setdefault((node.name or "").rpartition("/")[0], []).append(node)
+
+    def cut(self, path: str, *, codes: bool) -> bytes:
+        """Returns one layer as a model: x → y, or with `codes` x → its activation's codes."""
+        nodes = self._nodes[path]
+        made = {value for node in nodes for value in node.outputs}
+        entries = [v for n in nodes for v in n.inputs if v is not None and v not in made and not v.is_initializer()]
+        quantizers = [node for node in nodes if node.op_type == "QuantizeLinear"]
+        quantizers = [node for node in nodes if quantizers and quantizers[0].inputs[0] in node.outputs] + quantizers
+        exit_ = quantizers[-1].outputs[0] if codes else nodes[-1].outputs[0]
+        if len(set(entries)) != 1:
+            raise AssertionError(f"{path}: its nodes read {len(set(entries))} tensors where a layer reads one")
+        kept = quantizers if codes else nodes
+        return _cut(self._model, kept, entries[0], exit_, self.info["dtype"], path, codes=codes)
 
 
 def _cut(
