@@ -41,6 +41,14 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def calibrated_family(tmp_path_factory):
+    """Returns a family's small random model and its calibration, made when first asked for."""
+    from road import calibrated
+
+    return cache(lambda name: calibrated(name, tmp_path_factory.mktemp(name)))
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path):
     """A recipe file that calibrates on two trajectories only."""
