@@ -43,7 +43,7 @@ def damage(checkpoint: Checkpoint, source: Artifact) -> Json:
         put(model, path, quantized.load_layer(stored, path, spec, float_layer))
         found = [_sqnr(runner, reference, step) for step in steps]
         put(model, path, float_layer)
-        rows.append({"layer": path, **spec.kinds, "mean_sqnr_db": _mean_db(found), "sqnr_db": found})
+        rows.append({"layer": path, **spec.kinds, "mean_sqnr_db": mean_db(found), "sqnr_db": found})
     rows.sort(key=lambda row: row["mean_sqnr_db"])
     return {"steps": steps, "timesteps": [source.info["timesteps"][s] for s in steps], "layers": rows}
 
@@ -61,7 +61,8 @@ def _sqnr(runner: TorchRunner, reference: Mapping[str, torch.Tensor], step: int)
     return min(BEST_DB, sqnr_db(reference[f"{step}/float"], output))
 
 
-def _mean_db(values: Sequence[float]) -> float:
+def mean_db(values: Sequence[float]) -> float:
+    """Returns the SQNR in dB of the mean noise power over steps, each relative to its own signal."""
     return -10 * math.log10(sum(10 ** (-value / 10) for value in values) / len(values))
 
 

@@ -100,14 +100,21 @@ class LayerGraphs:
         """Returns one layer as a model: x → y, or with `codes` x → its activation's codes."""
         nodes = self._nodes[path]
         made = {value for node in nodes for value in node.outputs}
-        entries = [v for n in nodes for v in n.inputs if v is not None and v not in made and not v.is_initializer()]
-        quantizers = [node for node in nodes if node.op_type == "QuantizeLinear"]
-        quantizers = [node for node in nodes if quantizers and quantizers[0].inputs[0] in node.outputs] + quantizers
-        exit_ = quantizers[-1].outputs[0] if codes else nodes[-1].outputs[0]
-        if len(set(entries)) != 1:
-            raise AssertionError(f"{path}: its nodes read {len(set(entries))} tensors where a layer reads one")
-        kept = quantizers if codes else nodes
-        return _cut(self._model, kept, entries[0], exit_, self.info["dtype"], path, codes=codes)
+        entries = {v for n in nodes for v in n.inputs if v is not None and v not in made and not v.is_initializer()}
+        if len(entries) != 1:
+            raise AssertionError(f"{path}: its nodes read {len(entries)} tensors where a layer reads one")
+        (entry,) = entries
+        if codes:
+            nodes = _up_to_codes(nodes, entry)
+        return _cut(self._model, nodes, entry, nodes[-1].outputs[0], self.info["dtype"], path, codes=codes)
+
+
+def _up_to_codes(nodes: Sequence[ir.Node], entry: ir.Value) -> list[ir.Node]:
+    """Returns the node that quantizes what a layer reads, after the one that multiplies it, if there is one."""
+    first = next(node for node in nodes if entry in node.inputs)
+    if first.op_type == "QuantizeLinear":
+        return [first]
+    return [first, next(node for node in nodes if node.op_type == "QuantizeLinear" and node.inputs[0] in first.outputs)]
 
 
 def _cut(
@@ -119,7 +126,7 @@ def _cut(
         proto.input[:] = ["x" if name == entry.name else name for name in proto.input]
         proto.output[:] = ["y" if name == exit_.name else name for name in proto.output]
     float_type = onnx.TensorProto.FLOAT16 if dtype == "fp16" else onnx.TensorProto.FLOAT
-    zero = next((n.inputs[2] for n in nodes if n.op_type == "QuantizeLinear"), None)
+    zero = nodes[-1].inputs[2] if codes else None
     code_type = zero.dtype.value if zero is not None and zero.dtype is not None else float_type
     initializers = [
         ir.to_proto(ir.Tensor(t.numpy(), dtype=t.dtype, name=n)) for n, t in weights.items() if t is not None
@@ -131,8 +138,12 @@ def _cut(
         [onnx.helper.make_tensor_value_info("y", code_type if codes else float_type, None)],
         initializers,
     )
-    opsets = [onnx.helper.make_opsetid("", model.opset_imports[""])]
-    made = onnx.helper.make_model(graph, ir_version=model.ir_version, opset_imports=opsets)
+    made = onnx.helper.make_model(
+        graph,
+        ir_version=model.ir_version,
+        opset_imports=[onnx.helper.make_opsetid(*opset) for opset in model.opset_imports.items()],
+        functions=[ir.to_proto(function) for function in model.functions.values()],
+    )
     return bytes(made.SerializeToString())
 
 

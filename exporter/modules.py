@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from engines.errors import UserError
 from exporter import formats
 from exporter.formats import Format
-from exporter.ops import qdq
-from exporter.tensors import Granularity, QuantizedTensor, fake_quantize
+from exporter.ops import codebook, qdq
+from exporter.tensors import Granularity, QuantizedTensor, fake_quantize, times_scale
 
-ZERO_POINTS = ("weight_zero_point", "activation_zero_point")  # always zero: graphs need them, files do not
+ZERO_POINTS = ("weight_zero_point", "activation_zero_point")  # always zero
+DERIVED = (*ZERO_POINTS, "weight_table", "weight_unit")  # what graphs need and a layer's spec says: files hold none
+FP16_MAX = 65504.0
 FloatLayer = nn.Linear | nn.Conv2d
 FLOAT_LAYERS = (nn.Linear, nn.Conv2d)  # what a recipe's rules range over
 
@@ -67,6 +69,11 @@ class LayerSpec:
         """The types as reports and plans spell them."""
         return {"weight": self.weight.kind, "activation": self.activation.kind if self.activation else None}
 
+    @property
+    def engine_types(self) -> dict[str, str | None]:
+        """The types an engine holds the weight in and multiplies: codes that are looked up lie there as integers."""
+        return self.kinds if self.weight.native else self.kinds | {"weight": self.weight.onnx_type.lower()}
+
 
 def _format_json(fmt: Format) -> dict[str, Any]:
     return {"format": type(fmt).__module__.rpartition(".")[2], **vars_of(fmt)}
@@ -89,6 +96,9 @@ class QuantizedLayer(nn.Module):
 
     weight_codes: torch.Tensor
     weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor
+    weight_table: torch.Tensor
+    weight_unit: torch.Tensor
     activation_scale: torch.Tensor
     activation_zero_point: torch.Tensor
     input_multiplier: torch.Tensor
@@ -100,10 +110,18 @@ class QuantizedLayer(nn.Module):
         self.conv = _conv_arguments(source) if isinstance(source, nn.Conv2d) else None
         self.weight_shape = tuple(source.weight.shape)
         self.bias = source.bias
+        self.axis = channel_axis(source, spec)
         shape = oriented_shape(source, spec)
         self.register_buffer("weight_codes", torch.empty(shape, dtype=spec.weight.carrier))
         self.register_buffer("weight_scale", torch.empty(self._scale_shape(shape)))
-        if spec.weight.onnx_type == "INT8":
+        if not spec.weight.native:
+            table = torch.empty(codebook.ENTRIES[spec.weight.onnx_type])
+            self.register_buffer("weight_table", table, persistent=False)
+            if spec.activation:  # what was looked up is quantized to the activation's type: exact, see `check_fits`
+                self.register_buffer("weight_unit", torch.empty(()), persistent=False)
+                zero = torch.zeros((), dtype=spec.activation.carrier)
+                self.register_buffer("weight_zero_point", zero, persistent=False)
+        elif spec.weight.onnx_type == "INT8":
             # ONNX Runtime's AVX2 path turns int8 weights into uint8 and fails where their zero point is left out.
             zeros = torch.zeros(self._scale_shape(shape), dtype=torch.int8)
             self.register_buffer("weight_zero_point", zeros, persistent=False)
@@ -113,11 +131,6 @@ class QuantizedLayer(nn.Module):
             self.register_buffer("activation_scale", torch.empty(()))
             zero = torch.zeros((), dtype=spec.activation.carrier)
             self.register_buffer("activation_zero_point", zero, persistent=False)
-
-    @property
-    def axis(self) -> int:
-        blocks = self.spec.granularity == "block"
-        return int(blocks) if self.conv else int(not blocks)
 
     def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.spec.granularity == "tensor":
@@ -152,8 +165,15 @@ class QuantizedLayer(nn.Module):
         return fake_quantize(x, self.activation_scale, fmt)
 
     def _traced_weight(self) -> torch.Tensor:
-        zero_point = self._buffers.get("weight_zero_point")
-        return qdq.dequantize(self.weight_codes, self.weight_scale, zero_point, self.axis, self.spec.block_size)
+        spec, scale = self.spec, self.weight_scale
+        if spec.weight.native:
+            zero_point = self._buffers.get("weight_zero_point")
+            return qdq.dequantize(self.weight_codes, scale, zero_point, self.axis, spec.block_size)
+        values = codebook.dequantize(self.weight_codes, self.weight_table)
+        if not spec.activation:
+            return times_scale(values, scale, spec.granularity, self.axis, spec.block_size)
+        codes = qdq.quantize(values, self.weight_unit, self.weight_zero_point)
+        return qdq.dequantize(codes, scale, None, self.axis, spec.block_size)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLayer:
         # .half() and .double() convert every floating-point buffer, and float8 counts as one: codes are not numbers.
@@ -168,6 +188,11 @@ class QuantizedLayer(nn.Module):
 
 def _conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+
+
+def channel_axis(layer: FloatLayer, spec: LayerSpec) -> int:
+    """Returns the axis of the codes that channels, or blocks, lie along."""
+    return int(isinstance(layer, nn.Conv2d) == (spec.granularity == "block"))
 
 
 def oriented_shape(layer: FloatLayer, spec: LayerSpec) -> tuple[int, ...]:
@@ -187,7 +212,9 @@ def oriented(layer: FloatLayer, spec: LayerSpec) -> torch.Tensor:
 
 
 def check_fits(path: str, layer: FloatLayer, spec: LayerSpec) -> None:
-    """Raises a UserError if the layer's width is not a multiple of the block size."""
+    """Raises a UserError if the layer's width is no multiple of the block size, or its formats do not go together."""
+    if not spec.weight.native:
+        _check_looked_up(path, spec)
     if spec.granularity != "block":
         return
     shape = oriented_shape(layer, spec)
@@ -197,6 +224,51 @@ def check_fits(path: str, layer: FloatLayer, spec: LayerSpec) -> None:
         raise UserError(
             f"layer {path!r}: its {width} inputs are no multiple of block_size {spec.block_size}",
             fix=f"use block_size {' or '.join(map(str, divisors))}" if divisors else 'use granularity "channel" for it',
+        )
+
+
+def fitting(path: str, layer: FloatLayer, spec: LayerSpec, choices: Sequence[Format]) -> tuple[Format, ...]:
+    """Returns the weight formats that the layer can have and an engine multiply; if there is none, raises why.
+
+    A format that stands alone was asked for by name: it may meet any activation.
+    """
+    found, faults = [], []
+    for fmt in choices:
+        try:
+            check_fits(path, layer, replace(spec, weight=fmt))
+        except UserError as error:
+            faults.append(error)
+        else:
+            if len(choices) == 1 or not spec.activation or fmt.kind.startswith(spec.activation.kind[:2]):
+                found.append(fmt)
+    if not found and faults:
+        raise faults[0]
+    if not found:
+        raise UserError(f"layer {path!r}: none of the formats goes with its activations", fix="name one")
+    return tuple(found)
+
+
+def _check_looked_up(path: str, spec: LayerSpec) -> None:
+    """Raises a UserError if no graph can hold the table, or no matmul takes what is looked up in it.
+
+    A looked-up weight meets a quantized activation in the activation's type: each of its values must be in that.
+    """
+    values, activation = spec.weight.values, spec.activation
+    if spec.weight.max_value > FP16_MAX:
+        raise UserError(
+            f"layer {path!r}: {spec.weight} reaches {spec.weight.max_value:g}; fp16, which graphs compute in, "
+            f"{FP16_MAX:g}",
+            fix="use at most 5 exponent bits",
+        )
+    if activation is None:
+        return
+    what = f"layer {path!r}: {spec.weight.kind} weights ({spec.weight}) with {activation.kind} activations"
+    if spec.granularity == "block":
+        raise UserError(f"{what}, scaled in blocks", fix='use granularity "channel": the matmul has no scale per block')
+    if activation.kind != "fp8" or not torch.equal(activation.round(values), values):
+        raise UserError(
+            f"{what}: not all values of the one exist in the other, so no engine multiplies them",
+            fix="use fp8 activations (E4M3) and at most 3 mantissa bits in weights, or float activations",
         )
 
 

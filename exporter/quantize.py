@@ -15,15 +15,16 @@ from calib_data.tensors import save_tensors
 from engines import artifacts
 from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError
-from exporter import methods, observers, progress, quantized, scaling
+from exporter import methods, moments, observers, progress, quantized, scaling
 from exporter.checkpoint import Checkpoint
 from exporter.models import Family
 from exporter.modules import (
     LayerSpec,
     QuantizedLayer,
     StepContext,
-    check_fits,
+    channel_axis,
     facts,
+    fitting,
     float_layer,
     float_layers,
     oriented,
@@ -34,7 +35,7 @@ from exporter.ranges import FILE as RANGES
 from exporter.ranges import Ranges
 from exporter.recipe import Recipe, Rule
 from exporter.runners import TorchRunner, in_chunks
-from exporter.tensors import scale_for
+from exporter.tensors import QuantizedTensor, scale_for
 from exporter.versions import versions
 
 REFERENCE_STEPS = 5  # first and last included
@@ -62,7 +63,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         factors = _factors(model, family, plan, data)
         plan = plan.multiplying(scaling.apply(model, family.folds(model), factors))
         scales, ranges = _activation_scales(model, family, plan, data)
-        _replace(model, plan, scales)
+        plan = _replace(model, plan, scales, _weights_by_inputs(model, family, plan, data))
         quantized.save(model, draft.path)
         scaling.save(factors, draft.path)
         artifacts.write_json(draft.path / RANGES, ranges)
@@ -108,8 +109,10 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
             continue
         activation = rule.activation.format if rule.activation else None
         spec = LayerSpec(rule.weight.format, rule.weight.granularity, rule.weight.block_size, activation)
-        check_fits(path, layers[path], spec)
-        specs[path] = spec
+        choices = fitting(path, layers[path], spec, rule.weight.choices)
+        specs[path] = replace(spec, weight=choices[0])
+        if rule.weight.candidates:
+            rules[path] = replace(rule, weight=replace(rule.weight, format=choices[0], candidates=choices))
     return Plan(rules, specs, splits)
 
 
@@ -199,21 +202,54 @@ def _watch_inputs(
             handle.remove()
 
 
-def _replace(model: nn.Module, plan: Plan, scales: Mapping[str, torch.Tensor]) -> None:
-    """Swaps float layers for quantized ones, one at a time, so that the float weights go as the codes come."""
-    for path, spec in progress.track(plan.specs.items(), len(plan.specs), "quantizing (layers)"):
+def _weights_by_inputs(
+    model: nn.Module, family: Family, plan: Plan, data: CalibrationSet
+) -> dict[str, QuantizedTensor]:
+    """Quantizes the weights of the layers whose method looks at their inputs, while all are still float."""
+    paths = []
+    for path in plan.specs:
+        method = plan.rules[path].method
+        if method and methods.load(method.name).needs_moments(method.options) and moments.width(model, path):
+            paths.append(path)
+    found = {}
+    for group in moments.groups(model, paths):
+        seen = moments.Moments(model, group)
+        _watch_inputs(model, family, group, data, seen.see, "inputs' second moments")
+        for path in progress.track(group, len(group), "searching (layers)"):
+            found[path] = _quantize_weight(model, path, plan, seen.mean(path))
+    return found
+
+
+def _quantize_weight(
+    model: nn.Module, path: str, plan: Plan, second_moments: torch.Tensor | None = None
+) -> QuantizedTensor:
+    source, spec, rule = float_layer(model, path), plan.specs[path], plan.rules[path]
+    assert rule.method is not None
+    method = methods.load(rule.method.name)
+    weight, axis = oriented(source, spec), channel_axis(source, spec)
+    return method.quantize_weight(weight, rule.weight, axis, rule.method.options, second_moments)
+
+
+def _replace(
+    model: nn.Module, plan: Plan, scales: Mapping[str, torch.Tensor], weights: dict[str, QuantizedTensor]
+) -> Plan:
+    """Swaps float layers for quantized ones, one at a time, so that the float weights go as the codes come.
+
+    Returns the plan with the formats that methods chose.
+    """
+    specs = dict(plan.specs)
+    for path in progress.track(plan.specs, len(plan.specs), "quantizing (layers)"):
         source = float_layer(model, path)
-        rule = plan.rules[path]
-        assert rule.method is not None
-        layer = QuantizedLayer(source, spec)
-        weight = oriented(source, spec)
-        tensor = methods.load(rule.method.name).quantize_weight(weight, rule.weight, layer.axis, rule.method.options)
+        tensor = weights.pop(path) if path in weights else _quantize_weight(model, path, plan)
+        specs[path] = replace(plan.specs[path], weight=tensor.format)
+        layer = QuantizedLayer(source, specs[path])
         layer.weight_codes, layer.weight_scale = tensor.codes.contiguous(), tensor.scale
         if path in scales:
             layer.activation_scale = scales[path]
-        if spec.multiplied:
+        if layer.spec.multiplied:
             layer.input_multiplier = source.get_buffer("input_multiplier")
         put(model, path, layer)
+    return replace(plan, specs=specs)
 
 
 def _feeds(data: CalibrationSet) -> Reference:

@@ -17,7 +17,7 @@ from engines.errors import UserError
 from exporter import scaling
 from exporter.checkpoint import Checkpoint, open_checkpoint, parameters_on_meta, set_parameter
 from exporter.models import Family, family_of
-from exporter.modules import FLOAT_LAYERS, ZERO_POINTS, LayerSpec, QuantizedLayer, float_layer, put, split_inputs
+from exporter.modules import DERIVED, FLOAT_LAYERS, LayerSpec, QuantizedLayer, float_layer, put, split_inputs
 from exporter.tensors import pack_int4, unpack_int4
 
 SHARD_BYTES = 512 << 20  # what one file holds, and so what is in memory while it is written
@@ -37,7 +37,7 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     layers = quantized_layers(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
-        if leaf in ZERO_POINTS:
+        if leaf in DERIVED:
             continue
         layer = layers.get(owner)
         if layer is not None and leaf == "weight_codes":
@@ -142,7 +142,7 @@ def load(artifact: Artifact) -> nn.Module:
         set_parameter(model, name, stored.raw(name).to(torch.float32).reshape(parameter.shape))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
-        if leaf not in ZERO_POINTS:
+        if leaf not in DERIVED:
             model.get_submodule(owner)._buffers[leaf] = _restored(stored.raw(name), buffer, layers.get(owner), leaf)
     return model.requires_grad_(False)
 
@@ -152,14 +152,14 @@ def load_layer(stored: StoredTensors, path: str, spec: LayerSpec, source: nn.Mod
     assert isinstance(source, FLOAT_LAYERS), path
     layer = QuantizedLayer(source, spec)
     for leaf, buffer in list(layer.named_buffers()):
-        if leaf not in ZERO_POINTS:
+        if leaf not in DERIVED:
             layer._buffers[leaf] = _restored(stored.raw(f"{path}.{leaf}"), buffer, layer, leaf)
     return layer
 
 
 def _restored(raw: torch.Tensor, like: torch.Tensor, layer: QuantizedLayer | None, leaf: str) -> torch.Tensor:
     if layer is not None and leaf == "weight_codes" and layer.spec.weight.onnx_type == "INT4":
-        return unpack_int4(raw, tuple(like.shape))
+        return unpack_int4(raw, like)
     return raw.to(like.dtype)
 
 

@@ -26,9 +26,16 @@ _FORMAT_KEYS = ("bits", "exponent_bits", "mantissa_bits")
 
 @dataclass(frozen=True)
 class WeightSpec:
+    """`candidates`: the formats that a method may choose from, where the recipe gives only their bits."""
+
     format: Format
     granularity: Granularity = "channel"
     block_size: int = 0
+    candidates: tuple[Format, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Format, ...]:
+        return self.candidates or (self.format,)
 
 
 @dataclass(frozen=True)
@@ -197,12 +204,18 @@ def _rule(table: Any, where: str) -> Rule:
         return _keep(rule, table, where)
     if "weight" not in table:
         raise UserError(f"{where}: says neither weight nor keep", fix='write weight = { … } or keep = "float"')
-    method = table.get("method", {"name": "rtn"})
+    weight = _weight(table["weight"], f"{where}, weight")
+    method = _method(table.get("method", {"name": "rtn"}), f"{where}, method")
+    if weight.candidates and not methods.load(method.name).CHOOSES_FORMAT:
+        raise UserError(
+            f"{where}: leaves the format open, and method {method.name!r} chooses none",
+            fix="write exponent_bits and mantissa_bits, or use a method that chooses: fp_search",
+        )
     return replace(
         rule,
-        weight=_weight(table["weight"], f"{where}, weight"),
+        weight=weight,
         activation=_activation(table["activation"], f"{where}, activation") if "activation" in table else None,
-        method=_method(method, f"{where}, method"),
+        method=method,
     )
 
 
@@ -222,7 +235,9 @@ def _weight(table: Any, where: str) -> WeightSpec:
     if (granularity == "block") != ("block_size" in table):
         raise UserError(f"{where}: block_size goes with granularity block", fix="write both or neither")
     block_size = _integer(table, "block_size", where, default=0, least=1 if granularity == "block" else 0)
-    return WeightSpec(_format(table, where), cast(Literal["tensor", "channel", "block"], granularity), block_size)
+    candidates = _candidates(table, where)
+    fmt = candidates[0] if candidates else _format(table, where)
+    return WeightSpec(fmt, cast(Literal["tensor", "channel", "block"], granularity), block_size, candidates)
 
 
 def _activation(table: Any, where: str) -> ActivationSpec:
@@ -236,6 +251,16 @@ def _activation(table: Any, where: str) -> ActivationSpec:
 def _format(table: Mapping[str, Any], where: str) -> Format:
     options = {key: _integer(table, key, where, default=0, least=0) for key in _FORMAT_KEYS if key in table}
     return formats.load(str(table.get("format", "")), options, where)
+
+
+def _candidates(table: Mapping[str, Any], where: str) -> tuple[Format, ...]:
+    """Returns the formats to choose from: `auto`, or `fp` without its split, of so many bits; none if one is named."""
+    name = str(table.get("format", ""))
+    if name != "auto" and (name != "fp" or "bits" not in table):
+        return ()
+    if extra := {"exponent_bits", "mantissa_bits"} & table.keys():
+        raise UserError(f"{where}: says bits, which leaves the split open, and {min(extra)}", fix="drop one of them")
+    return formats.of_bits(name, _integer(table, "bits", where, default=0, least=2), where)
 
 
 def _method(table: Any, where: str) -> MethodSpec:

@@ -106,7 +106,7 @@ def _target(name: str, gpu: str | None, dtype: str | None) -> Target:
 
 def preflight(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target]) -> None:
     """Refuses now what a later stage would refuse after minutes or hours."""
-    kinds = {path: spec.kinds for path, spec in layer_specs(checkpoint, recipe).items()}
+    kinds = {path: spec.engine_types for path, spec in layer_specs(checkpoint, recipe).items()}
     for target in targets:
         backends.load(target.backend).check(kinds, target.gpu)
 

@@ -34,7 +34,18 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Returns the tensor the codes stand for, in the shape of the codes."""
         values = self.format.decode(self.codes).to(dtype)
-        return values * spread(self.scale.to(dtype), values.shape, self.granularity, self.axis, self.block_size)
+        return times_scale(values, self.scale.to(dtype), self.granularity, self.axis, self.block_size)
+
+
+def times_scale(
+    values: torch.Tensor, scale: torch.Tensor, granularity: Granularity, axis: int, block_size: int
+) -> torch.Tensor:
+    """Returns `values` times the scale of the part that each lies in."""
+    if granularity != "block":
+        return values * spread(scale, values.shape, granularity, axis, block_size)
+    axis %= values.ndim
+    parts = values.reshape(*values.shape[:axis], -1, block_size, *values.shape[axis + 1 :])
+    return (parts * scale.unsqueeze(axis + 1)).reshape(values.shape)
 
 
 def spread(
@@ -46,6 +57,16 @@ def spread(
     if granularity == "channel":
         return scale.reshape([-1 if d == axis % len(shape) else 1 for d in range(len(shape))])
     return scale.repeat_interleave(block_size, dim=axis)
+
+
+def sum_parts(x: torch.Tensor, granularity: Granularity, axis: int, block_size: int) -> torch.Tensor:
+    """Returns the sum over every part of `x` that shares a scale, in the scale's shape."""
+    if granularity == "tensor":
+        return x.sum()
+    axis %= x.ndim
+    if granularity == "channel":
+        return x.sum(dim=[d for d in range(x.ndim) if d != axis])
+    return x.reshape(*x.shape[:axis], -1, block_size, *x.shape[axis + 1 :]).sum(dim=axis + 1)
 
 
 def absmax(x: torch.Tensor, granularity: Granularity, axis: int, block_size: int) -> torch.Tensor:
@@ -88,7 +109,7 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Te
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Packs int8 codes −8…7 two to a byte, the first in the low nibble: ONNX's INT4 layout. Returns uint8 [ceil(n/2)].
+    """Packs 4-bit codes, int8 or uint8, two to a byte, the first in the low nibble: ONNX's layout. [ceil(n/2)] uint8.
 
     Source: ONNX IR specification, "INT4 … first element stored in the 4 LSB".
     """
@@ -98,7 +119,7 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     return flat[0::2] | (flat[1::2] << 4)
 
 
-def unpack_int4(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Inverse of `pack_int4`: int8 codes of `shape`."""
-    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten()[: torch.Size(shape).numel()]
-    return ((nibbles ^ 8).to(torch.int8) - 8).reshape(shape)
+def unpack_int4(packed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Inverse of `pack_int4`: codes in the shape and the type, int8 or uint8, of `like`."""
+    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten()[: like.numel()].reshape(like.shape)
+    return nibbles if like.dtype == torch.uint8 else (nibbles ^ 8).to(torch.int8) - 8

@@ -408,7 +408,7 @@ def test_list_names_the_files_found(what, cli):
     assert process.returncode == 0
     expected = {
         "models": {"digits-dit"},
-        "recipes": {"fp16", "fp8", "int8", "int4"},
+        "recipes": {"fp16", "fp8", "int8", "int4", "fp4-fp8"},
         "formats": {"fp", "int"},
         "methods": {"rtn", "smoothquant"},
         "backends": {"ort", "trt-rtx"},

@@ -18,6 +18,7 @@ from engines.artifacts import Artifact
 from exporter import quantized, recipe
 from exporter.calibrate import calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.damage import mean_db
 from exporter.metrics import sqnr_db
 from exporter.quantize import quantize, reference_steps
 
@@ -50,7 +51,7 @@ def main(model: str, out: Path, samples: int, seed: int) -> None:
 
 
 def both(checkpoint: Checkpoint, source: dict, calibration: Artifact, out: Path) -> dict[str, object]:
-    """Returns the SQNR at every reference step, whole and split, and the least of split − whole."""
+    """Returns the SQNR at every reference step, whole and split, and split − whole: of all steps, and the least."""
     found = {}
     for name, split in (("whole", False), ("split", True)):
         rules = [rule if "keep" in rule else rule | {"split_skips": split} for rule in source["rule"]]
@@ -58,14 +59,21 @@ def both(checkpoint: Checkpoint, source: dict, calibration: Artifact, out: Path)
         reference = load_file(made.file(quantized.REFERENCE))
         steps = reference_steps(reference)
         found[name] = [sqnr_db(reference[f"{s}/float"], reference[f"{s}/quantized"]) for s in steps]
-    return {"steps": steps, **found, "least_gain_db": min(b - a for a, b in zip(*found.values(), strict=True))}
+    least = min(b - a for a, b in zip(*found.values(), strict=True))
+    return {
+        "steps": steps,
+        **found,
+        "gain_db": mean_db(found["split"]) - mean_db(found["whole"]),
+        "least_gain_db": least,
+    }
 
 
 def show(rows: list[dict]) -> None:
-    table = Table("quantized", *(f"step {s}" for s in rows[0]["steps"]), "least gain", title="SQNR dB: whole → split")
+    table = Table("quantized", *(f"step {s}" for s in rows[0]["steps"]), "gain", "least gain")
+    table.title = "SQNR dB: whole → split; gain over all steps together, and at the step that gains least"
     for row in rows:
         cells = [f"{a:.1f} → {b:.1f}" for a, b in zip(row["whole"], row["split"], strict=True)]
-        table.add_row(row["quantized"], *cells, f"{row['least_gain_db']:+.2f}")
+        table.add_row(row["quantized"], *cells, f"{row['gain_db']:+.2f}", f"{row['least_gain_db']:+.2f}")
     Console(stderr=True, width=160).print(table)
 
 

@@ -60,7 +60,7 @@ def build_engine(trt: Any, model: Path, graph: Json, folder: Path, configure: An
     builder = trt.Builder(log.logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log.logger)
-    if not parser.parse_from_file(str(model)):
+    if not parser.parse(_parsable(model), str(model)):
         reasons = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
         raise UserError(f"{model}: the parser refuses it: {reasons}", fix="keep the layer it names in float (recipe)")
     config = builder.create_builder_config()
@@ -73,6 +73,16 @@ def build_engine(trt: Any, model: Path, graph: Json, folder: Path, configure: An
         raise UserError(f"{model}: the builder refuses it: {reason}", fix="choose another --gpu or another recipe")
     (folder / "engine.plan").write_bytes(engine)
     return read_plan(log.lines)
+
+
+def _parsable(model: Path) -> bytes:
+    """Returns the graph as the parser takes it: it would give the Q/DQ layers of every call of a function one name."""
+    import onnx
+
+    from engines.backends._functions import written_out
+
+    graph = onnx.load(model, load_external_data=False)
+    return written_out(graph).SerializeToString() if graph.functions else model.read_bytes()
 
 
 def _profile(builder: Any, network: Any, graph: Json) -> Any:
@@ -127,8 +137,14 @@ def _row(line: str, counted: set[str]) -> PlanRow:
         constant_types=tuple(_type(t) for _, _, t in constants),
         constant_bytes=sum(tensor_bytes(_dims(d), _type(t)) for _, d, t in fresh),
         output_types=tuple(_type(t) for _, _, t in outputs),
-        onnx_nodes=tuple(dict.fromkeys(_NODE.findall(match["nodes"]))),
+        onnx_nodes=tuple(dict.fromkeys(_outermost(node) for node in _NODE.findall(match["nodes"]))),
     )
+
+
+def _outermost(node: str) -> str:
+    """Returns the graph's own node: one inside a function's body is listed as `Add | path/Op (Op)`."""
+    _, inside, call = node.rpartition(" | ")
+    return call.rpartition(" (")[0] if inside else node
 
 
 def _type(name: str) -> str:

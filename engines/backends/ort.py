@@ -88,7 +88,7 @@ def disabled_optimizers(graph: Json) -> list[str]:
     """Returns the optimizers that would break or unfuse this graph."""
     types = {kind for layer in graph["layers"].values() for kind in (layer["weight"], layer["activation"]) if kind}
     disabled = []
-    if "fp8" in types and graph["dtype"] == "fp32":
+    if "fp8" in types:
         disabled.append("QDQSelectorActionTransformer")  # makes a MatMulIntegerToFloat that has no fp8 kernel
     if types:
         disabled.append("MatMulAddFusion")  # makes a Gemm, which has no quantized kernel for a float bias

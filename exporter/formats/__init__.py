@@ -32,8 +32,16 @@ class Format(Protocol):
         """The torch type that holds a code in memory."""
 
     @property
-    def onnx_type(self) -> str | None:
-        """The ONNX type that holds the codes (`FLOAT8E4M3FN`, `INT8`, `INT4`), or None if ONNX has none."""
+    def onnx_type(self) -> str:
+        """The ONNX type that holds the codes: `FLOAT8E4M3FN`, `INT8`, `INT4`."""
+
+    @property
+    def native(self) -> bool:
+        """Whether the values are that type's own; elsewhere a graph looks its codes up in a table of `values`."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The value of every code, fp32 [2^bits], in the order of the codes' bits."""
 
     @property
     def kind(self) -> str:
@@ -67,5 +75,16 @@ def load(name: str, options: Mapping[str, Any], where: str) -> Format:
         raise UserError(f"{where}: format {name!r} lacks {', '.join(missing)}", fix=f"write {missing[0]} = NUMBER")
     try:
         return cast(Format, cls(**options))
+    except UserError as error:
+        raise UserError(f"{where}: {error.what}", fix=error.fix) from error
+
+
+def of_bits(name: str, bits: Any, where: str) -> tuple[Format, ...]:
+    """Returns every format of `bits` bits that the file `name` makes; `auto` is all files."""
+    if name != "auto" and name not in names():
+        raise unknown("format", name, (*names(), "auto"), where)
+    modules = [importlib.import_module(f"exporter.formats.{n}") for n in (names() if name == "auto" else (name,))]
+    try:
+        return tuple(found for module in modules for found in module.of_bits(bits))
     except UserError as error:
         raise UserError(f"{where}: {error.what}", fix=error.fix) from error

@@ -48,13 +48,20 @@ class Format:
         return NATIVE[key][0] if (key := (self.exponent_bits, self.mantissa_bits)) in NATIVE else torch.uint8
 
     @property
-    def onnx_type(self) -> str | None:
-        return NATIVE[key][1] if (key := (self.exponent_bits, self.mantissa_bits)) in NATIVE else None
+    def onnx_type(self) -> str:
+        if self.native:
+            return NATIVE[self.exponent_bits, self.mantissa_bits][1]
+        return "INT4" if self.bits <= 4 else "INT8"
+
+    @property
+    def native(self) -> bool:
+        return (self.exponent_bits, self.mantissa_bits) in NATIVE
 
     @property
     def kind(self) -> str:
-        if (self.exponent_bits, self.mantissa_bits) == (5, 2):
-            return "fp8_e5m2"
+        """fp8 is E4M3, the one that matmuls take."""
+        if self.bits == 8 and (self.exponent_bits, self.mantissa_bits) != (4, 3):
+            return f"fp8_e{self.exponent_bits}m{self.mantissa_bits}"
         return f"fp{self.bits}"
 
     @cached_property
@@ -93,7 +100,7 @@ class Format:
         code = units + ((exponent - 1) << self.mantissa_bits)
         code += torch.signbit(rounded).to(torch.int32) << (self.bits - 1)
         if x.isnan().any():
-            if self.onnx_type is None:
+            if not self.native:
                 raise ValueError(f"{self.kind} (E{self.exponent_bits}M{self.mantissa_bits}) has no code for NaN")
             sign = torch.signbit(x).to(torch.int32) << 7
             code = torch.where(x.isnan(), sign | 0x7F, code)
@@ -118,3 +125,9 @@ class Format:
             even = ((exponent - 1).clamp(min=lowest) + self.bias) % 2 == 0
             rounded = torch.where((units.abs() == 1.5) & even, units.sign(), rounded)
         return rounded.mul_(step).clamp_(-self.max_value, self.max_value)
+
+
+def of_bits(bits: int) -> list[Format]:
+    """Returns every split of as many bits but E5M2: TensorRT takes no weights of it."""
+    splits = [(exponent, bits - 1 - exponent) for exponent in range(1, bits)]
+    return [Format(*split) for split in splits if split != (5, 2)]

@@ -35,6 +35,15 @@ class Format:
         return "INT4" if self.bits <= 4 else "INT8"
 
     @property
+    def native(self) -> bool:
+        return True
+
+    @property
+    def values(self) -> torch.Tensor:
+        half = 2 ** (self.bits - 1)
+        return torch.arange(-half, half).roll(half).float()
+
+    @property
     def kind(self) -> str:
         return "int4" if self.bits <= 4 else "int8"
 
@@ -48,3 +57,8 @@ class Format:
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         return x.round().clamp_(-self.max_value - 1, self.max_value)  # torch.round: ties to even, as ONNX
+
+
+def of_bits(bits: object) -> list[Format]:
+    """Returns every format of the file with as many bits."""
+    return [Format(bits)]  # type: ignore[arg-type]

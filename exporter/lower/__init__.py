@@ -53,11 +53,6 @@ def check_dtype(dtype: str) -> None:
 
 def _check_lowerable(specs: Mapping[str, LayerSpec]) -> None:
     for path, spec in specs.items():
-        if spec.weight.onnx_type is None:
-            raise UserError(
-                f"layer {path!r}: no ONNX type holds its weight format {spec.weight}",
-                fix="use fp with 4/3 or 5/2 exponent/mantissa bits, or int with 2 … 8 bits",
-            )
         if (spec.activation and spec.activation.kind not in ("fp8", "int8")) or (
             spec.activation and spec.activation.bits < 8
         ):
@@ -72,6 +67,7 @@ def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:
     from onnx_ir.passes import common
 
     from exporter import quantized
+    from exporter.lower.passes.attach_functions import AttachFunctions
     from exporter.lower.passes.attach_weights import AttachWeights
     from exporter.lower.passes.attach_zero_points import AttachZeroPoints
     from exporter.lower.passes.fold_constants import FoldConstants
@@ -87,6 +83,7 @@ def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:
         AttachWeights(quantized.StoredTensors(source), quantized.specs(source)),
         ShareInitializers(),
         AttachZeroPoints(),
+        AttachFunctions(),
         common.ClearMetadataAndDocStringPass(),
     )
     return passes(model).model
@@ -123,7 +120,7 @@ def _info(source: Artifact, dtype: str, found: Mapping[str, int]) -> Json:
         "inputs": inputs,
         "output": family.output().name,
         "axes": {name: axis.to_json() for name, axis in family.axes().items()},
-        "layers": {path: spec.kinds for path, spec in quantized.specs(source).items()},
+        "layers": {path: spec.engine_types for path, spec in quantized.specs(source).items()},
         "initializer_bytes": dict(sorted(found.items())),
         "weight_bytes": sum(found.values()),
         **{key: info[key] for key in ("model", "recipe", "weights", "timesteps", "sampler", "splits")},

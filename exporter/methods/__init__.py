@@ -21,9 +21,16 @@ from exporter.tensors import QuantizedTensor
 
 
 class Method(Protocol):
-    """What a method module holds, beside its frozen `Options`. `NEEDS_CHANNEL_ABSMAX` asks for input statistics."""
+    """What a method module holds, beside its frozen `Options`.
+
+    `NEEDS_CHANNEL_ABSMAX` asks for the inputs' largest magnitudes; `CHOOSES_FORMAT`: it takes `WeightSpec.candidates`.
+    """
 
     NEEDS_CHANNEL_ABSMAX: bool
+    CHOOSES_FORMAT: bool
+
+    def needs_moments(self, options: Any) -> bool:
+        """Whether `quantize_weight` wants the second moments of the layer's inputs."""
 
     def factors(
         self,
@@ -35,8 +42,13 @@ class Method(Protocol):
     ) -> dict[str, torch.Tensor]:
         """Returns factors as `exporter.scaling` applies them; none leaves the model as it is."""
 
-    def quantize_weight(self, weight: torch.Tensor, spec: Any, axis: int, options: Any) -> QuantizedTensor:
-        """Returns the codes and scales of a weight; `axis` is the one that channels, or blocks, lie along."""
+    def quantize_weight(
+        self, weight: torch.Tensor, spec: Any, axis: int, options: Any, moments: torch.Tensor | None = None
+    ) -> QuantizedTensor:
+        """Returns the codes and scales of a weight; `axis` is the one that channels, or blocks, lie along.
+
+        `moments` are E[x xᵀ] of what a row of the weight multiplies, [in, in].
+        """
 
 
 def names() -> list[str]:

@@ -13,11 +13,16 @@ from exporter.recipe import WeightSpec
 from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for
 
 NEEDS_CHANNEL_ABSMAX = False
+CHOOSES_FORMAT = False
 
 
 @dataclass(frozen=True)
 class Options:
     """None: rounding has nothing to choose."""
+
+
+def needs_moments(options: Options) -> bool:
+    return False
 
 
 def factors(
@@ -30,7 +35,9 @@ def factors(
     return {}
 
 
-def quantize_weight(weight: torch.Tensor, spec: WeightSpec, axis: int, options: Options) -> QuantizedTensor:
+def quantize_weight(
+    weight: torch.Tensor, spec: WeightSpec, axis: int, options: Options, moments: torch.Tensor | None = None
+) -> QuantizedTensor:
     range_ = absmax(weight, spec.granularity, axis, spec.block_size)
     scale = scale_for(range_, spec.format)
     return quantize(weight, scale, spec.format, spec.granularity, axis, spec.block_size)

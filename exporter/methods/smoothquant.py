@@ -20,6 +20,7 @@ from exporter.recipe import WeightSpec
 from exporter.tensors import QuantizedTensor
 
 NEEDS_CHANNEL_ABSMAX = True
+CHOOSES_FORMAT = False
 FLOOR = 1e-5  # a channel that is silent in calibration still needs a finite factor (the paper's code uses the same)
 
 
@@ -33,6 +34,10 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"smoothquant: alpha = {self.alpha}", fix="use 0 … 1; 0.5 balances the two sides")
+
+
+def needs_moments(options: Options) -> bool:
+    return False
 
 
 def factors(
@@ -70,5 +75,7 @@ def smoothing_factor(activation_max: torch.Tensor, weight_max: torch.Tensor, alp
     return activation_max.clamp(min=FLOOR).pow(alpha) / weight_max.clamp(min=FLOOR).pow(1 - alpha)
 
 
-def quantize_weight(weight: torch.Tensor, spec: WeightSpec, axis: int, options: Options) -> QuantizedTensor:
+def quantize_weight(
+    weight: torch.Tensor, spec: WeightSpec, axis: int, options: Options, moments: torch.Tensor | None = None
+) -> QuantizedTensor:
     return rtn.quantize_weight(weight, spec, axis, rtn.Options())

@@ -9,9 +9,13 @@ import torch
 
 def quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """Emits Q and DQ with one scale. The zero point is typed: without one, TensorRT and ONNX assume different types."""
-    inputs = [x, scale, zero_point]
-    codes = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=zero_point.dtype, shape=x.shape)
+    codes = quantize(x, scale, zero_point)
     return torch.onnx.ops.symbolic("DequantizeLinear", [codes, scale, zero_point], dtype=x.dtype, shape=x.shape)
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """Emits Q."""
+    return torch.onnx.ops.symbolic("QuantizeLinear", [x, scale, zero_point], dtype=zero_point.dtype, shape=x.shape)
 
 
 def dequantize(

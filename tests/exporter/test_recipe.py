@@ -77,7 +77,7 @@ def test_shipped_recipes_cover_a_dit(name):
 
 
 def test_shipped_recipes_say_what_their_names_say():
-    assert {"fp16", "fp8", "int4", "int8"} <= set(recipe.names())
+    assert {"fp16", "fp8", "int4", "int8", "fp4-fp8"} <= set(recipe.names())
     layers = {name: recipe.load(name).assign(DIT, BLOCKS)["blocks.0.attn1.to_q"] for name in recipe.names()}
     assert layers["fp16"].weight is None
     assert layers["fp8"].weight == WeightSpec(Fp(4, 3), "channel")

@@ -224,19 +224,20 @@ def int4_codes(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", INT4_SHAPES)
-def test_packed_int4_unpacks_to_the_same_codes(shape):
-    codes = int4_codes(shape)
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_packed_4_bit_codes_unpack_to_the_same_codes(shape, signed):
+    codes = int4_codes(shape) if signed else (int4_codes(shape) + 8).to(torch.uint8)
     packed = pack_int4(codes)
     assert packed.dtype == torch.uint8
     assert packed.shape == (math.ceil(codes.numel() / 2),)
-    unpacked = unpack_int4(packed, shape)
-    assert unpacked.dtype == torch.int8
+    unpacked = unpack_int4(packed, torch.empty_like(codes))
+    assert unpacked.dtype == codes.dtype
     assert torch.equal(unpacked, codes)
 
 
 def test_every_pair_of_int4_codes_survives_packing():
     codes = torch.cartesian_prod(torch.arange(-8, 8), torch.arange(-8, 8)).to(torch.int8)
-    assert torch.equal(unpack_int4(pack_int4(codes), tuple(codes.shape)), codes)
+    assert torch.equal(unpack_int4(pack_int4(codes), codes), codes)
 
 
 @pytest.mark.parametrize("shape", INT4_SHAPES)

@@ -1,6 +1,6 @@
 """Requires: weights without values, under the quantized model's names. Does: gives each its stored bytes, read late.
 
-Ensures: codes lie in their quantized type (INT4 narrowed from the int8 that torch traced), floats in the graph's type.
+Ensures: codes lie in their quantized type (INT4 and INT8 for what torch traced as bytes), floats in the graph's type.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import onnx_ir as ir
 import torch
 
 from engines.errors import UserError
-from exporter.modules import ZERO_POINTS, LayerSpec
+from exporter.modules import DERIVED, ZERO_POINTS, LayerSpec
+from exporter.ops import codebook
 from exporter.quantized import StoredTensors
 
 NUMPY_VIEWS = {torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn, torch.float8_e5m2: ml_dtypes.float8_e5m2}
@@ -26,8 +27,16 @@ class AttachWeights(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for value in model.graph.initializers.values():
             if value.const_value is None and value.name and not value.name.endswith(ZERO_POINTS):
-                self._attach(value)
+                attach = self._attach_derived if value.name.endswith(DERIVED) else self._attach
+                attach(value)
         return ir.passes.PassResult(model, modified=True)
+
+    def _attach_derived(self, value: ir.Value) -> None:
+        assert value.name is not None and value.dtype is not None
+        owner, _, leaf = value.name.rpartition(".")
+        fmt = self.specs[owner].weight
+        found = codebook.codebook_of(fmt.values, fmt.onnx_type) if leaf == "weight_table" else torch.ones(())
+        value.const_value = ir.Tensor(found.numpy().astype(value.dtype.numpy()), dtype=value.dtype, name=value.name)
 
     def _attach(self, value: ir.Value) -> None:
         assert value.name is not None and value.shape is not None and value.dtype is not None
@@ -35,8 +44,8 @@ class AttachWeights(ir.passes.InPlacePass):
         owner, _, leaf = name.rpartition(".")
         if name not in self.stored:
             raise UserError(f"the quantized model holds no tensor {name!r}", fix="quantize the model again")
-        if leaf == "weight_codes" and owner in self.specs and self.specs[owner].weight.onnx_type == "INT4":
-            value.type = ir.TensorType(ir.DataType.INT4)
+        if leaf == "weight_codes" and owner in self.specs:
+            value.type = ir.TensorType(ir.DataType[self.specs[owner].weight.onnx_type])
         dtype = value.dtype
         value.const_value = ir.LazyTensor(
             lambda: _tensor(self.stored.raw(name), dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name
@@ -48,6 +57,8 @@ def _tensor(raw: torch.Tensor, dtype: ir.DataType, shape: tuple[int, ...], name:
         return ir.PackedTensor(raw.numpy(), dtype=dtype, shape=ir.Shape(shape), name=name)
     if raw.dtype in NUMPY_VIEWS:
         array = raw.view(torch.uint8).numpy().view(NUMPY_VIEWS[raw.dtype])
+    elif raw.dtype == torch.uint8:  # codes to be looked up: their bits, as the table expects them
+        array = raw.numpy().view(dtype.numpy())
     else:
         array = raw.numpy().astype(dtype.numpy())
     return ir.Tensor(array.reshape(shape), dtype=dtype, name=name)

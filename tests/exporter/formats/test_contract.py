@@ -44,7 +44,8 @@ def test_attributes_of_the_protocol_are_there(fmt):
     assert 0 < fmt.max_value < math.inf
     assert isinstance(fmt.carrier, torch.dtype)
     assert fmt.carrier.itemsize == 1
-    assert fmt.onnx_type is None or hasattr(onnx.TensorProto, fmt.onnx_type)
+    assert hasattr(onnx.TensorProto, fmt.onnx_type)
+    assert isinstance(fmt.native, bool)
     assert isinstance(fmt.kind, str)
     assert fmt.kind
 
@@ -62,6 +63,17 @@ def test_codes_lie_in_the_carrier_and_decode_to_fp32(fmt):
     assert codes.dtype == fmt.carrier
     assert fmt.decode(codes).dtype == torch.float32
     assert len(set(codes.view(torch.uint8).tolist())) <= 2**fmt.bits
+
+
+@every_format
+def test_values_are_those_of_the_codes(fmt):
+    assert fmt.values.shape == (2**fmt.bits,)
+    assert fmt.values.dtype == torch.float32
+    codes = fmt.encode(fmt.values[fmt.values.isfinite()])
+    assert torch.equal(fmt.decode(codes), fmt.values[fmt.values.isfinite()])
+    # in the order of the codes' bits: what a graph that looks codes up relies on
+    bits = codes.view(torch.uint8).long() & (2**fmt.bits - 1)
+    assert torch.equal(fmt.values[bits], fmt.values[fmt.values.isfinite()])
 
 
 @every_format

@@ -306,9 +306,9 @@ def test_bad_bit_widths_are_the_users_error(split):
     [
         ((4, 3), "fp8", torch.float8_e4m3fn, "FLOAT8E4M3FN"),
         ((5, 2), "fp8_e5m2", torch.float8_e5m2, "FLOAT8E5M2"),
-        ((3, 4), "fp8", torch.uint8, None),
-        ((3, 2), "fp6", torch.uint8, None),
-        ((2, 1), "fp4", torch.uint8, None),
+        ((3, 4), "fp8_e3m4", torch.uint8, "INT8"),
+        ((3, 2), "fp6", torch.uint8, "INT8"),
+        ((2, 1), "fp4", torch.uint8, "INT4"),
     ],
 )
 def test_formats_say_how_they_are_stored(split, kind, carrier, onnx_type):

@@ -1,0 +1,63 @@
+"""Second moments of layers' inputs, E[x xᵀ]: what an error δ of a weight costs at the output is δᵀ E[x xᵀ] δ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from exporter.modules import float_layer
+
+GROUP_BYTES = 1 << 30  # of moments held at once: more layers take another pass over the calibration set
+ROWS = 2048  # of each batch, spread evenly: beyond that a moment hardly changes, and its time would
+
+
+def width(model: nn.Module, path: str) -> int:
+    """Returns how many numbers an output of the layer sums; 0 for convolutions in groups, which have several sets."""
+    layer = float_layer(model, path)
+    return 0 if isinstance(layer, nn.Conv2d) and layer.groups > 1 else layer.weight[0].numel()
+
+
+def groups(model: nn.Module, paths: Sequence[str]) -> Iterator[list[str]]:
+    """Yields the paths in groups whose moments take at most GROUP_BYTES, unless one layer's alone take more."""
+    group: list[str] = []
+    held = 0
+    for path in paths:
+        size = 4 * width(model, path) ** 2
+        if group and held + size > GROUP_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(path)
+        held += size
+    if group:
+        yield group
+
+
+class Moments:
+    """Sums x xᵀ over what layers read."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self._layers = {path: float_layer(model, path) for path in paths}
+        self._sums = {path: torch.zeros(width(model, path), width(model, path)) for path in paths}
+        self._counts = dict.fromkeys(paths, 0)
+
+    def see(self, path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
+        rows = _rows(self._layers[path], x)
+        rows = rows[:: -(-len(rows) // ROWS)]
+        self._sums[path].addmm_(rows.T, rows)
+        self._counts[path] += len(rows)
+
+    def mean(self, path: str) -> torch.Tensor:
+        """Returns E[x xᵀ], [in, in], in the order of the weight's own inputs, and forgets the sum."""
+        return self._sums.pop(path) / self._counts[path]
+
+
+def _rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Returns what each output is computed from, [n, in]."""
+    if isinstance(layer, nn.Conv2d):
+        assert not isinstance(layer.padding, str)
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        return patches.transpose(1, 2).flatten(0, 1)
+    return x.flatten(0, -2)
