@@ -59,13 +59,9 @@ def both(checkpoint: Checkpoint, source: dict, calibration: Artifact, out: Path)
         reference = load_file(made.file(quantized.REFERENCE))
         steps = reference_steps(reference)
         found[name] = [sqnr_db(reference[f"{s}/float"], reference[f"{s}/quantized"]) for s in steps]
-    least = min(b - a for a, b in zip(*found.values(), strict=True))
-    return {
-        "steps": steps,
-        **found,
-        "gain_db": mean_db(found["split"]) - mean_db(found["whole"]),
-        "least_gain_db": least,
-    }
+    gains = [b - a for a, b in zip(*found.values(), strict=True)]
+    gain = mean_db(found["split"]) - mean_db(found["whole"])
+    return {"steps": steps, **found, "gain_db": gain, "least_gain_db": min(gains)}
 
 
 def show(rows: list[dict]) -> None:

@@ -88,6 +88,9 @@ def test_shipped_recipes_say_what_their_names_say():
     assert layers["int8"].method.options.multiply is True
     assert layers["int4"].weight == WeightSpec(Int(4), "block", 64)
     assert layers["int4"].activation is None
+    assert {fmt.bits for fmt in layers["fp4-fp8"].weight.candidates} == {4}
+    assert layers["fp4-fp8"].activation.format == Fp(4, 3)
+    assert layers["fp4-fp8"].method.name == "fp_search"
 
 
 def test_the_first_matching_rule_wins(load):
@@ -177,7 +180,7 @@ def test_a_model_without_layers_has_nothing_to_quantize(load):
         load(REST).assign({}, BLOCKS)
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "fp4-fp8"])
 def test_shipped_recipes_keep_convolutions_that_no_kernel_gains_from(name):
     rules = recipe.load(name).assign(UNET, BLOCKS)
     assert {p for p, r in rules.items() if r.weight is not None} == {
@@ -189,7 +192,7 @@ def test_shipped_recipes_keep_convolutions_that_no_kernel_gains_from(name):
 
 def test_shipped_recipes_split_skips_where_they_quantize_activations():
     rules = {name: recipe.load(name).assign(UNET, BLOCKS)["blocks.0.conv"] for name in recipe.names()}
-    assert {name for name, found in rules.items() if found.split_skips} == {"fp8", "int8"}
+    assert {name for name, found in rules.items() if found.split_skips} == {"fp8", "int8", "fp4-fp8"}
     assert rules["int4"].weight == WeightSpec(Int(4), "block", 32)
 
 
