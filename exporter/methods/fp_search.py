@@ -25,8 +25,10 @@ CHOOSES_FORMAT = True
 
 @dataclass(frozen=True)
 class Options:
-    """`output`: score by the layer's output instead of the weight. `vote`: each channel has one vote for the format,
-    as the papers do; otherwise the format with the least error over all channels wins."""
+    """`output`: score by the layer's output instead of the weight (convolutions in groups always by their weight).
+
+    `vote`: each channel has one vote for the format, as in the papers; otherwise the least error over all channels wins.
+    """
 
     output: bool = True
     vote: bool = False
