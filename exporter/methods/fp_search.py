@@ -27,7 +27,7 @@ CHOOSES_FORMAT = True
 class Options:
     """`output`: score by the layer's output instead of the weight (convolutions in groups always by their weight).
 
-    `vote`: each channel has one vote for the format, as in the papers; otherwise the least error over all channels wins.
+    `vote`: each channel has one vote for the format, as in the papers; else the least error over all channels wins.
     """
 
     output: bool = True
