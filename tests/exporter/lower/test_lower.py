@@ -119,11 +119,10 @@ def test_large_weights_go_beside_the_graph_and_are_hashed(make, tmp_path, monkey
 @pytest.mark.parametrize(
     ("weight", "activation", "words"),
     [
-        ({"format": "fp", "exponent_bits": 3, "mantissa_bits": 4}, None, "no ONNX type holds"),
         ({"format": "int", "bits": 8}, {"format": "int", "bits": 4}, "no engine quantizes activations"),
         ({"format": "int", "bits": 8}, {"format": "fp", "exponent_bits": 5, "mantissa_bits": 2}, "no engine quantizes"),
     ],
-    ids=["E3M4 weights", "INT4 activations", "E5M2 activations"],
+    ids=["INT4 activations", "E5M2 activations"],
 )
 def test_what_no_graph_can_hold_is_refused_with_the_layer(weight, activation, words, make, tmp_path):
     source = make(weight, activation)
