@@ -174,6 +174,9 @@ def open_artifact(path: Path, kind: str) -> Artifact:
 
 def kind_of(path: Path) -> str:
     """Returns the kind of the artifact at `path`."""
+    if not (path / MANIFEST).is_file() and (parts := sorted(path.glob(f"**/{MANIFEST}"))):
+        names = ", ".join(part.parent.relative_to(path).as_posix() for part in parts[:8])
+        raise UserError(f"{path}: is a folder of artifacts, not one", fix=f"name one of them: {names}")
     return str(_read(path).manifest["kind"])
 
 

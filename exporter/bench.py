@@ -68,7 +68,7 @@ def targets_of(folder: Path) -> dict[str, str]:
         if reason := backends.load(backend).cannot_run():
             raise UserError(f"{folder}: {backend} cannot run here: {reason}", fix="run it on a machine that has one")
         return {backend: f"engine:{folder}"}
-    raise UserError(f"{folder}: a {kind} cannot be timed", fix="give a RUN, GRAPH or ENGINE folder")
+    raise UserError(f"{folder}: an artifact of kind {kind} cannot be timed", fix="give a RUN, GRAPH or ENGINE folder")
 
 
 def open_target(target: str, threads: int) -> tuple[Runner, Json]:

@@ -123,6 +123,9 @@ def _config_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder / 'config.json'}: no model can be built from it ({error})", fix="mend it") from error
 
 
+INDEX = "model_index.json"  # of a pipeline
+
+
 def open_checkpoint(spec: str, *, seed: int = 0, steps: int | None = None) -> Checkpoint:
     """Opens a shipped name, a local diffusers folder, or `random:FOLDER`; `steps` overrides the sampler's."""
     if spec.startswith("random:"):
@@ -135,6 +138,12 @@ def open_checkpoint(spec: str, *, seed: int = 0, steps: int | None = None) -> Ch
 def _open(root: Path, name: str, steps: int | None, weights_seed: int | None) -> Checkpoint:
     folder = next((root / part for part in DENOISERS if (root / part / "config.json").is_file()), root)
     if not (folder / "config.json").is_file():
+        listed = read_json(root / INDEX) if (root / INDEX).is_file() else {}
+        if missing := [part for part in DENOISERS if part in listed]:
+            raise UserError(
+                f"{root}: its {INDEX} lists {missing[0]!r}, but there is no {missing[0]}/config.json",
+                fix="copy the pipeline again, with all its folders",
+            )
         raise UserError(
             f"model {name!r}: {root} has no config.json, nor {' or '.join(f'{d}/config.json' for d in DENOISERS)}",
             fix="give a folder written by diffusers' save_pretrained",

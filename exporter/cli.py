@@ -210,11 +210,9 @@ def inspect(artifact: Path, as_json: bool) -> None:
     for name, entry in manifest["files"].items():
         click.echo(f"  {entry['bytes']:>12,} bytes  {name}  sha256 {entry['sha256'][:16]}…")
     if manifest["kind"] == "quantized":
-        from rich.console import Console
+        from exporter import progress, ranges
 
-        from exporter import ranges
-
-        Console().print(ranges.table(ranges.read(opened)))
+        progress.stdout().print(ranges.table(ranges.read(opened), opened.info["layers"]))
 
 
 @main.command(name="list")
@@ -236,6 +234,8 @@ def _names(what: str) -> list[str]:
         return backends.names()
     from exporter import catalog
 
+    if what == "formats":
+        return [*catalog.modules(what), "auto"]  # which leaves the choice to a method
     return catalog.recipes() if what == "recipes" else catalog.modules(what)
 
 
@@ -257,6 +257,8 @@ def _check_model(model: str) -> None:
     from engines.errors import unknown
 
     folder = Path(model.removeprefix("random:"))
+    if model.startswith("random:") and not folder.is_dir():
+        raise UserError(f"model {model!r}: no such folder: {folder}", fix="give one that holds a diffusers config.json")
     if model not in shipped.names() and not folder.is_dir():
         error = unknown("model", model, shipped.names())
         raise UserError(f"{error.what}, and no such folder", fix=f"{error.fix}; or give a diffusers folder")

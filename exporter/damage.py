@@ -92,9 +92,10 @@ def draw(found: Json, path: Path) -> None:
 
 def table(found: Json, most: int = 20) -> Table:
     """Returns the worst layers as a table."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    made = Table("layer", "weight", "activation", "mean dB", *(f"step {s}" for s in found["steps"]))
+    steps = [f"step {step}" for step in found["steps"]]
+    made = Table(Column("layer", overflow="fold"), "weight", "activation", "mean dB", *steps)
     made.title = f"SQNR of the output with one layer alone quantized: the worst {most} of {len(found['layers'])}"
     for column in made.columns[3:]:
         column.justify = "right"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -147,21 +148,22 @@ def _cut(
     return bytes(made.SerializeToString())
 
 
-def print_layers(found: Json) -> None:
-    """Prints the ranking, and the comparison of graphs with PyTorch, as tables on stdout."""
-    from rich.console import Console
-    from rich.table import Table
+def print_layers(found: Json, most: int = 20) -> None:
+    """Prints the ranking, and the worst of the comparison of graphs with PyTorch, as tables on stdout."""
+    from rich.table import Column, Table
 
     from exporter import damage
 
-    table = Table("graph", "layer", "SQNR dB", "activation codes different", title="each layer's nodes against PyTorch")
-    for row in found["graphs"]:
+    rows = sorted(found["graphs"], key=lambda row: math.inf if row["sqnr_db"] is None else row["sqnr_db"])
+    table = Table("graph", Column("layer", overflow="fold"), "SQNR dB", "activation codes different")
+    table.title = f"each layer's nodes against PyTorch: the worst {min(most, len(rows))} of {len(rows)}"
+    for row in rows[:most]:
         value = "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
         share = "–" if row["codes_different"] is None else f"{row['codes_different']:.1e} of {row['codes']:,}"
         table.add_row(row["dtype"], row["layer"], value, share)
-    console = Console()
+    console = progress.stdout()
+    console.print(damage.table(found, most))
     console.print(table)
-    console.print(damage.table(found))
 
 
 def _ort_value(array: np.ndarray[Any, Any]) -> Any:

@@ -263,8 +263,6 @@ def _check_looked_up(path: str, spec: LayerSpec) -> None:
     if activation is None:
         return
     what = f"layer {path!r}: {spec.weight.kind} weights ({spec.weight}) with {activation.kind} activations"
-    if spec.granularity == "block":
-        raise UserError(f"{what}, scaled in blocks", fix='use granularity "channel": the matmul has no scale per block')
     if activation.kind != "fp8" or not torch.equal(activation.round(values), values):
         raise UserError(
             f"{what}: not all values of the one exist in the other, so no engine multiplies them",

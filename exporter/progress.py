@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -9,6 +11,7 @@ if TYPE_CHECKING:  # rich is imported late: --help must stay fast
     from rich.console import Console
 
 T = TypeVar("T")
+PIPED_COLUMNS = 160
 
 
 def note(text: str) -> None:
@@ -30,6 +33,14 @@ def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     columns = (TextColumn("{task.description:>28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=_console()) as progress:
         yield from progress.track(items, total=total, description=what)
+
+
+def stdout() -> Console:
+    """Returns the console for results; where nobody watches, lines are wide enough for tables of layer names."""
+    from rich.console import Console
+
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=PIPED_COLUMNS if wide else None)
 
 
 def _console() -> Console:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from engines.artifacts import Artifact, Json, read_json
 
@@ -46,21 +46,36 @@ def read(source: Artifact) -> Json:
     return read_json(source.file(FILE))
 
 
-def table(ranges: Json) -> Table:
-    """Returns the ranges as a table: per layer the range chosen, the extremes seen, and the steps clipped."""
-    made = Table("layer", "range", "least absmax", "largest absmax", "steps clipped")
-    for column in made.columns[1:4]:
+def table(ranges: Json, layers: Mapping[str, Json]) -> Table:
+    """Returns how each layer is quantized: weight, activation, the range chosen, extremes seen, and steps clipped."""
+    made = Table(
+        Column("layer", overflow="fold"), "weight", "activation", "range", "least absmax", "largest absmax",
+        "steps clipped",
+    )  # fmt: skip
+    for column in made.columns[3:6]:
         column.justify = "right"
-    for path, row in ranges["layers"].items():
-        clipped = [step for step, value in zip(ranges["steps"], row["absmax"], strict=True) if value > row["range"]]
-        made.add_row(
-            path,
-            f"{row['range']:.4g}",
-            f"{min(row['absmax']):.4g}",
-            f"{max(row['absmax']):.4g}",
-            _spans(clipped) or "–",
+    for path, layer in layers.items():
+        weight = f"{_spelled(layer['weight'])} per {layer['granularity']}" + f" of {layer['block_size']}" * bool(
+            layer["block_size"]
         )
+        activation = _spelled(layer["activation"]) if layer["activation"] else "float"
+        made.add_row(path, weight, activation, *_seen(ranges, path))
     return made
+
+
+def _spelled(fmt: Json) -> str:
+    if fmt["format"] == "fp":
+        return f"fp{1 + fmt['exponent_bits'] + fmt['mantissa_bits']} E{fmt['exponent_bits']}M{fmt['mantissa_bits']}"
+    return f"{fmt['format']}{fmt['bits']}"
+
+
+def _seen(ranges: Json, path: str) -> tuple[str, ...]:
+    row = ranges["layers"].get(path)
+    if row is None:
+        return "", "", "", ""
+    clipped = [step for step, value in zip(ranges["steps"], row["absmax"], strict=True) if value > row["range"]]
+    extremes = (f"{value:.4g}" for value in (row["range"], min(row["absmax"]), max(row["absmax"])))
+    return *extremes, _spans(clipped) or "–"
 
 
 def _spans(steps: Sequence[int]) -> str:

@@ -154,7 +154,11 @@ def load(name: str) -> Recipe:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes", fix="a recipe is a short text file")
         source = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"recipe {path}: byte {error.start} is not UTF-8", fix="a recipe is text: save it as UTF-8"
+        ) from error
+    except OSError as error:
         raise UserError(f"recipe {path}: cannot be read ({error})", fix="check the path") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"recipe {path}: not valid TOML ({error})", fix="mend the line it names") from error
@@ -190,7 +194,8 @@ def _calibration(table: Mapping[str, Any], where: str) -> CalibrationSpec:
 def _rule(table: Any, where: str) -> Rule:
     _known(table, (*RULE_KEYS, "keep", "weight", "activation", "method"), where)
     if not isinstance(table.get("layers"), str):
-        raise UserError(f"{where}: lacks layers", fix='write layers = "PATTERN", e.g. "*"')
+        found = f"layers = {table['layers']!r} is no pattern" if "layers" in table else "lacks layers"
+        raise UserError(f"{where}: {found}", fix='write layers = "PATTERN", e.g. "*"; a rule has one')
     for key, words in (("scope", SCOPES), ("type", TYPES)):
         if table.get(key, words[0]) not in words:
             raise unknown(key, str(table[key]), words, where)
@@ -211,12 +216,25 @@ def _rule(table: Any, where: str) -> Rule:
             f"{where}: leaves the format open, and method {method.name!r} chooses none",
             fix="write exponent_bits and mantissa_bits, or use a method that chooses: fp_search",
         )
-    return replace(
-        rule,
-        weight=weight,
-        activation=_activation(table["activation"], f"{where}, activation") if "activation" in table else None,
-        method=method,
-    )
+    activation = _activation(table["activation"], f"{where}, activation") if "activation" in table else None
+    if activation:
+        _check_pair(weight, activation, where)
+    return replace(rule, weight=weight, activation=activation, method=method)
+
+
+def _check_pair(weight: WeightSpec, activation: ActivationSpec, where: str) -> None:
+    """Raises a UserError if no matmul takes both; of formats that a method chooses from, those that fit are left."""
+    if weight.granularity == "block":
+        raise UserError(
+            f"{where}: weights scaled in blocks beside quantized activations",
+            fix='use granularity "channel" (a quantized matmul has one scale for each output), or float activations',
+        )
+    kinds = weight.format.kind, activation.format.kind
+    if not weight.candidates and kinds[0][:2] != kinds[1][:2]:
+        raise UserError(
+            f"{where}: {kinds[0]} weights beside {kinds[1]} activations, which no matmul takes together",
+            fix="use integers for both, floating point for both, or float activations",
+        )
 
 
 def _keep(rule: Rule, table: Mapping[str, Any], where: str) -> Rule:
@@ -232,8 +250,10 @@ def _weight(table: Any, where: str) -> WeightSpec:
     granularity = table.get("granularity", "channel")
     if granularity not in GRANULARITIES:
         raise unknown("granularity", str(granularity), GRANULARITIES, where)
-    if (granularity == "block") != ("block_size" in table):
-        raise UserError(f"{where}: block_size goes with granularity block", fix="write both or neither")
+    if granularity == "block" and "block_size" not in table:
+        raise UserError(f"{where}: granularity block without block_size", fix="write block_size = 64, or 16, 32, 128")
+    if granularity != "block" and "block_size" in table:
+        raise UserError(f"{where}: block_size without granularity block", fix='write granularity = "block", or drop it')
     block_size = _integer(table, "block_size", where, default=0, least=1 if granularity == "block" else 0)
     candidates = _candidates(table, where)
     fmt = candidates[0] if candidates else _format(table, where)
@@ -245,7 +265,13 @@ def _activation(table: Any, where: str) -> ActivationSpec:
     observer = table.get("observer", "absmax")
     if not isinstance(observer, str) or observer not in observers.OBSERVERS:
         raise unknown("observer", str(observer), observers.OBSERVERS, where)
-    return ActivationSpec(_format(table, where), observer)
+    fmt = _format(table, where)
+    if fmt.bits != 8 or fmt.kind not in ("int8", "fp8"):
+        raise UserError(
+            f"{where}: no engine quantizes activations to {fmt.kind} of {fmt.bits} bits",
+            fix="use int with 8 bits, or fp with 4 exponent and 3 mantissa bits",
+        )
+    return ActivationSpec(fmt, observer)
 
 
 def _format(table: Mapping[str, Any], where: str) -> Format:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engines.artifacts import Json, writing_errors
+from exporter import progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +22,7 @@ PICTURES = 20  # columns of samples.png
 def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: Path, in_pixels: bool) -> None:
     """Draws the first float samples above the quantized ones, and their difference, ten times as strong.
 
-    Latents, which are no pictures, are drawn in grey: their first channel.
+    Latents, which are no pictures, are drawn in grey: their first channel, all in units of the float one's largest.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,7 +34,8 @@ def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: 
     for row, (label, images, gain) in enumerate(rows):
         for column in range(count):
             axis = axes[row][column]
-            axis.imshow(_drawable(gain * images[column], in_pixels), cmap="gray", vmin=0, vmax=1)
+            unit = 1.0 if in_pixels else float(reference[column].abs().amax().clamp(min=1e-6))
+            axis.imshow(_drawable(gain / unit * images[column]), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
@@ -41,40 +43,39 @@ def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: 
         FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
 
 
-def _drawable(image: torch.Tensor, in_pixels: bool) -> torch.Tensor:
-    """Returns [h, w] or [h, w, 3] in 0 … 1, of an image in [−1, 1] or a latent."""
-    image = image.float().nan_to_num()
+def _drawable(image: torch.Tensor) -> torch.Tensor:
+    """Returns [h, w] or [h, w, 3] in 0 … 1, of values in [−1, 1]: colours as they are, else the first channel."""
+    image = ((image.float().nan_to_num() + 1) / 2).clamp(0, 1)
     if image.ndim == 2:  # a row per token
-        return (image / image.abs().amax().clamp(min=1e-6) + 1) / 2
-    if in_pixels and len(image) == 3:
-        return ((image + 1) / 2).clamp(0, 1).permute(1, 2, 0)
-    first = image[0] if in_pixels else image[0] / image[0].abs().amax().clamp(min=1e-6)
-    return ((first + 1) / 2).clamp(0, 1)
+        return image
+    return image.permute(1, 2, 0) if len(image) == 3 else image[0]
 
 
 def print_report(report: Json) -> None:
     """Prints the report as a table and a few lines on stdout."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = progress.stdout()
     weights, model = report["weights"], report["model"]
     console.print(
         f"\n[bold]{model['name']}[/], recipe [bold]{report['recipe']['name']}[/]: {model['parameters']:,} parameters, "
         f"{weights['quantized_layers']} layers quantized, {weights['kept_layers']} kept, {_mb(weights['bytes'])} MB "
-        f"({weights['bytes'] / model['float_weight_bytes']:.2f} × fp16)"
+        f"({weights['bytes'] / model['float_weight_bytes']:.2f} × fp16)",
+        soft_wrap=True,
     )
     console.print(_table(report))
     console.print(_images_table(report["accuracy"]["images"]))
-    console.print(_images_line(report["accuracy"]["images"]))
+    if line := _images_line(report["accuracy"]["images"]):
+        console.print(line)
     for check in report["checks"]:
         if not check["passed"]:
             value = "no number" if check["value"] is None else f"{check['value']:.4g}"
             console.print(f"[red]failed[/] {check['name']}: {value} {check['unit']}, limit {check['limit']}")
-    noisy = [row["runner"] for row in report.get("throughput", []) if row["ms_p95"] > NOISY * row["ms_p50"]]
+    times = report.get("throughput", [])
+    noisy = [f"{r['runner']} at batch {r['batch']}" for r in times if r["ms_p95"] > NOISY * r["ms_p50"]]
     if noisy:
         console.print(
-            f"times of {', '.join(dict.fromkeys(noisy))} are noisy (p95 over {NOISY} × p50: was the machine busy?); "
-            "`export-engine bench DIR` takes them again"
+            f"times of {', '.join(noisy)} are noisy (p95 over {NOISY} × p50: was the machine busy?); "
+            "`export-engine bench DIR` takes them again",
+            soft_wrap=True,
         )
     passed = sum(check["passed"] for check in report["checks"])
     console.print(f"checks: {passed} of {len(report['checks'])} passed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,31 @@ def run(
             )
             for t in targets
         }  # fmt: skip
+        _remove_stale(out, source)
         return report(checkpoint, Run(source, graphs, engines), out, seed=seed)
+
+
+def _remove_stale(out: Path, source: Artifact) -> None:
+    """Removes graphs and engines that an earlier run left here and that are not of this run's quantized model."""
+    for artifact in _stale(out, source):
+        progress.note(f"{artifact.path.relative_to(out)}: of an earlier run with another recipe or model, removed")
+        shutil.rmtree(artifact.path)
+
+
+def _stale(out: Path, source: Artifact) -> list[Artifact]:
+    graphs, engines = _graphs(out).values(), _engines(out).values()
+    old = [graph for graph in graphs if graph.manifest["made_from"]["quantized"] != source.digest]
+    fresh = {graph.digest for graph in graphs} - {graph.digest for graph in old}
+    return [*old, *(engine for engine in engines if engine.manifest["made_from"]["graph"] not in fresh)]
+
+
+def _graphs(out: Path) -> dict[str, Artifact]:
+    return {d: artifacts.open_artifact(out / "graph" / d, "graph") for d in DTYPES if (out / "graph" / d).is_dir()}
+
+
+def _engines(out: Path) -> dict[str, Artifact]:
+    folders = sorted((out / "engines").glob("*")) if (out / "engines").is_dir() else []
+    return {f.name: artifacts.open_artifact(f, "engine") for f in folders if f.name in backends.names()}
 
 
 def _calibration(
@@ -101,7 +126,10 @@ def _calibration(
 
 def _target(name: str, gpu: str | None, dtype: str | None) -> Target:
     module = backends.load(name)
-    return Target(name, module.resolve_gpu(gpu), dtype or module.DTYPE)
+    resolved = module.resolve_gpu(gpu)
+    if gpu is not None and resolved is None:
+        progress.note(f"note: --gpu {gpu} says nothing to {name}, which runs wherever it is opened")
+    return Target(name, resolved, dtype or module.DTYPE)
 
 
 def preflight(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target]) -> None:
@@ -166,10 +194,12 @@ def open_run(out: Path) -> tuple[Checkpoint, Run]:
     if not (out / "quantized").is_dir():
         raise UserError(f"{out}: holds no run (no quantized/)", fix="give the --out of an export-engine run")
     source = artifacts.open_artifact(out / "quantized", "quantized")
-    graphs = {d: artifacts.open_artifact(out / "graph" / d, "graph") for d in DTYPES if (out / "graph" / d).is_dir()}
-    folders = sorted((out / "engines").glob("*")) if (out / "engines").is_dir() else []
-    engines = {f.name: artifacts.open_artifact(f, "engine") for f in folders if f.name in backends.names()}
-    return quantized.checkpoint_of(source), Run(source, graphs, engines)
+    if stale := _stale(out, source):
+        raise UserError(
+            f"{stale[0].path}: was made from another model than {source.path}",
+            fix="remove it, or run again into this folder",
+        )
+    return quantized.checkpoint_of(source), Run(source, _graphs(out), _engines(out))
 
 
 def locked(out: Path) -> contextlib.AbstractContextManager[Any]:

@@ -13,10 +13,9 @@ import torch
 from engines.artifacts import digest_file, inside, read_json
 from engines.errors import UserError, unknown
 from exporter import progress
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import INDEX, Checkpoint
 from exporter.models import Family, Tensors
 
-INDEX = "model_index.json"
 CLASSES = (
     "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel",
     "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast",
@@ -27,8 +26,13 @@ FP32_BYTES = 2 << 30
 
 
 def components(root: Path) -> dict[str, str]:
-    """Returns the text encoders and tokenizers that a pipeline's index lists, name → class; none without an index."""
+    """Returns the text encoders and tokenizers that a pipeline's index lists, name → class; none in a lone denoiser."""
     if not (root / INDEX).is_file():
+        if (root / "text_encoder").is_dir():
+            raise UserError(
+                f"{root}: has a text_encoder/, but no {INDEX}, which says what it is",
+                fix="copy the pipeline again, with that file",
+            )
         return {}
     found = {}
     for name, entry in read_json(root / INDEX).items():

@@ -343,6 +343,31 @@ def test_a_folder_with_other_things_is_not_written_over(cli, tiny_folder, tmp_pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+def test_engines_of_an_earlier_run_with_another_recipe_are_removed(cli, tiny_folder, tiny_recipe, tmp_path):
+    """A folder holds one run: an engine of another model must not stand in its report."""
+    out = tmp_path / "out"
+    first = cli("run", tiny_folder, "--recipe", tiny_recipe, "--steps", 2, "--backend", "trt-rtx", "--out", out)
+    assert first.returncode in (0, 3), first.stderr
+    other = tmp_path / "other.toml"
+    other.write_text(tiny_recipe.read_text().replace("bits = 8", "bits = 7", 1))
+    second = cli("run", tiny_folder, "--recipe", other, "--steps", 2, "--out", out)
+    assert second.returncode in (0, 3), second.stderr
+    assert "engines/trt-rtx: of an earlier run" in second.stderr
+    assert sorted(path.name for path in (out / "engines").iterdir()) == ["ort"]
+    assert [row["backend"] for row in json.loads((out / "report.json").read_text())["engines"]] == ["ort"]
+    shutil.copytree(out / "engines" / "ort", tmp_path / "kept")
+    cli("run", tiny_folder, "--recipe", tiny_recipe, "--steps", 2, "--out", out)
+    shutil.rmtree(out / "engines" / "ort")
+    shutil.copytree(tmp_path / "kept", out / "engines" / "ort")
+    assert_refused(cli("validate", out), "engines/ort", "another model")
+
+
+def test_inspecting_a_run_names_the_artifacts_in_it(cli, tmp_path):
+    (tmp_path / "run" / "quantized").mkdir(parents=True)
+    (tmp_path / "run" / "quantized" / "manifest.json").write_text("{}")
+    assert_refused(cli("inspect", tmp_path / "run"), "folder of artifacts", "quantized")
+
+
 def test_a_run_into_a_folder_with_other_things_is_refused(cli, tiny_folder, tiny_recipe, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")

@@ -31,9 +31,9 @@ def check_support(layers: Mapping[str, Mapping[str, str | None]], gpu: str, know
         for kind in filter(None, layer.values()):
             have = [target for target in known if target in SUPPORT.get(kind, ())]
             if gpu not in have:
+                where = f"build for one that has {kind} (--gpu {', '.join(have)}), or " if have else ""
                 raise UserError(
-                    f"layer {path!r} is {kind}, which {gpu} has no hardware for",
-                    fix=f"build for one that has {kind} (--gpu {', '.join(have) or 'none'}), or choose another recipe",
+                    f"layer {path!r} is {kind}, which {gpu} has no hardware for", fix=f"{where}choose another recipe"
                 )
 
 

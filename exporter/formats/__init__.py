@@ -64,7 +64,7 @@ def names() -> list[str]:
 def load(name: str, options: Mapping[str, Any], where: str) -> Format:
     """Builds the format `name` from its options, e.g. `fp` with exponent_bits and mantissa_bits."""
     if name not in names():
-        raise unknown("format", name, names(), where)
+        raise unknown("format", name, (*names(), "auto"), where)
     cls = importlib.import_module(f"exporter.formats.{name}").Format
     known = [f.name for f in fields(cls)]
     for key in options:

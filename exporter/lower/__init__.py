@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 from engines import artifacts
 from engines.artifacts import Artifact, Json, Request
-from engines.errors import UserError, unknown
+from engines.errors import unknown
 from exporter.versions import versions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-    from exporter.modules import LayerSpec
 
 DTYPES = ("fp16", "fp32")
 EXTERNAL_BYTES = 256 << 20  # weights beyond this go beside the graph: protobuf ends at 2 GB, and loaders read it whole
@@ -33,7 +31,6 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32") -> Artifact:
     from exporter.lower.trace import trace
 
     specs = quantized.specs(source)
-    _check_lowerable(specs)
     with artifacts.drafting(out, request) as draft:
         graph = _run_passes(trace(source, dtype), source)
         write(graph, draft.path / "model.onnx")
@@ -49,17 +46,6 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32") -> Artifact:
 def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-
-
-def _check_lowerable(specs: Mapping[str, LayerSpec]) -> None:
-    for path, spec in specs.items():
-        if (spec.activation and spec.activation.kind not in ("fp8", "int8")) or (
-            spec.activation and spec.activation.bits < 8
-        ):
-            raise UserError(
-                f"layer {path!r}: no engine quantizes activations to {spec.activation}",
-                fix="use fp with 4/3 exponent/mantissa bits, or int with 8 bits, for activations",
-            )
 
 
 def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:

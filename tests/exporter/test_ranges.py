@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -63,12 +64,22 @@ def test_the_table_shows_which_steps_were_clipped():
             "second": {"range": 2.0, "absmax": [2.0, 1.0, 0.5, 1.0, 1.0]},
         },
     }
+    fp4 = {"format": "fp", "exponent_bits": 2, "mantissa_bits": 1}
+    int8 = {"format": "int", "bits": 8}
+    layers = {
+        "first": {"weight": fp4, "granularity": "channel", "block_size": 0, "activation": int8},
+        "second": {"weight": int8, "granularity": "block", "block_size": 64, "activation": int8},
+        "third": {"weight": int8, "granularity": "channel", "block_size": 0, "activation": None},
+    }
     stream = io.StringIO()
-    Console(file=stream, width=120).print(ranges.table(found))
-    first, second = (line for line in stream.getvalue().splitlines() if "first" in line or "second" in line)
+    Console(file=stream, width=120).print(ranges.table(found, layers))
+    first, second, third = (line for line in stream.getvalue().splitlines() if re.search("first|second|third", line))
     assert "0…2 7" in first
     assert "9" in first
+    assert "fp4 E2M1 per channel" in first
     assert "–" in second
+    assert "int8 per block of 64" in second
+    assert "float" in third
 
 
 RECIPE = {

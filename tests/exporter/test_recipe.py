@@ -252,11 +252,15 @@ BAD = {
     "activation alone": (rule(f'layers = "*"\nactivation = {INT8}'), "neither weight nor keep", "weight"),
     "no layers": (rule('keep = "float"'), "lacks layers", "layers ="),
     "layers of another type": (rule('layers = ["*"]\nkeep = "float"'), "layers", "layers ="),
-    "block_size without block": (weight('format = "int", bits = 4, block_size = 64'), "block_size", "both or neither"),
+    "block_size without block": (
+        weight('format = "int", bits = 4, block_size = 64'),
+        "block_size",
+        'granularity = "block"',
+    ),
     "block without block_size": (
         weight('format = "int", bits = 4, granularity = "block"'),
-        "block_size",
-        "both or neither",
+        "without block_size",
+        "block_size = 64",
     ),
     "bits missing": (weight('format = "int"'), "lacks bits", "bits = "),
     "mantissa_bits missing": (weight('format = "fp", exponent_bits = 4'), "lacks mantissa_bits", "mantissa_bits = "),
@@ -410,7 +414,7 @@ def test_a_folder_in_place_of_a_recipe_is_named(tmp_path):
 
 def test_bytes_that_are_no_text_are_an_error(tmp_path):
     (tmp_path / "raw.toml").write_bytes(b"\xff\xfe[[rule]]")
-    with pytest.raises(UserError, match=r"raw\.toml.*cannot be read"):
+    with pytest.raises(UserError, match=r"raw\.toml.*byte 0 is not UTF-8"):
         recipe.load(str(tmp_path / "raw.toml"))
 
 
@@ -465,3 +469,34 @@ def test_the_digest_changes_with_the_order_of_rules(load):
 def test_shipped_recipes_have_digests_of_their_own(name):
     others = {recipe.load(other).digest for other in recipe.names() if other != name}
     assert recipe.load(name).digest not in others
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "named", "fix"),
+    [
+        ('{ format = "int", bits = 8 }', '{ format = "int", bits = 4 }', "int4 of 4 bits", "int with 8 bits"),
+        ('{ format = "int", bits = 8 }', '{ format = "int", bits = 6 }', "int8 of 6 bits", "int with 8 bits"),
+        (INT8, '{ format = "fp", exponent_bits = 5, mantissa_bits = 2 }', "fp8_e5m2", "4 exponent and 3 mantissa"),
+        (INT8, '{ format = "fp", exponent_bits = 4, mantissa_bits = 3 }', "int8 weights beside fp8", "for both"),
+        (
+            '{ format = "fp", exponent_bits = 2, mantissa_bits = 1 }',
+            '{ format = "int", bits = 8 }',
+            "fp4 weights beside int8",
+            "for both",
+        ),
+        (
+            '{ format = "int", bits = 8, granularity = "block", block_size = 64 }',
+            '{ format = "int", bits = 8 }',
+            "scaled in blocks",
+            'granularity "channel"',
+        ),
+    ],
+)
+def test_formats_that_no_matmul_takes_together_are_refused_when_the_recipe_is_read(
+    weight, activation, named, fix, load
+):
+    with pytest.raises(UserError) as caught:
+        load(rule(f'layers = "*"\nweight = {weight}\nactivation = {activation}'))
+    assert named in caught.value.what
+    assert "rule 1" in caught.value.what
+    assert fix in caught.value.fix

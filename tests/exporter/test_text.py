@@ -214,3 +214,15 @@ def test_stand_ins_have_the_shapes_of_what_they_stand_for(name):
             assert value.shape == (2, *sizes)
             assert value.dtype == torch.float32
     assert all(bool((v == 1).all()) for k, v in wanted.items() if k.endswith("mask"))
+
+
+def test_encoders_without_the_index_that_names_them_are_an_error(folder):
+    (folder / "model_index.json").unlink()
+    with pytest.raises(UserError, match=r"has a text_encoder/, but no model_index\.json"):
+        text.components(folder)
+
+
+def test_a_denoiser_that_the_index_lists_and_the_folder_lacks_is_named(folder):
+    shutil.rmtree(folder / "unet")
+    with pytest.raises(UserError, match=r"lists 'unet', but there is no unet/config\.json"):
+        open_checkpoint(f"random:{folder}")

@@ -112,8 +112,8 @@ def test_formats_are_frozen_values(fmt):
     ("name", "options", "named", "fix"),
     [
         ("itn", {"bits": 8}, "'itn'", "did you mean 'int'"),
-        ("", {}, "''", "known: fp, int"),
-        ("_fp", {}, "'_fp'", "known: fp, int"),
+        ("", {}, "''", "known: auto, fp, int"),
+        ("_fp", {}, "'_fp'", "known: auto, fp, int"),
         ("int", {"bit": 8}, "'bit'", "did you mean 'bits'"),
         ("int", {}, "bits", "bits = NUMBER"),
         ("fp", {"exponent_bits": 4}, "mantissa_bits", "mantissa_bits = NUMBER"),

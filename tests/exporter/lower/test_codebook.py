@@ -131,11 +131,9 @@ def test_an_engine_that_inlines_the_body_keeps_the_weight_compressed(make, tmp_p
     ("weight", "activation", "named", "fix"),
     [
         (fp(3, 4), FP8, "fp8_e3m4", "at most 3 mantissa bits"),
-        (fp(2, 1), {"format": "int", "bits": 8}, "int8", "use fp8 activations"),
-        (fp(2, 1, granularity="block", block_size=16), FP8, "in blocks", 'granularity "channel"'),
         (fp(6, 1), None, "65504", "at most 5 exponent bits"),
     ],
-    ids=["too fine", "integers", "blocks", "too wide"],
+    ids=["too fine", "too wide"],
 )
 def test_weights_that_no_matmul_takes_are_refused_before_anything_is_quantized(weight, activation, named, fix, make):
     with pytest.raises(UserError) as caught:

@@ -9,7 +9,6 @@ import onnx
 import pytest
 
 from engines.backends import ort
-from engines.errors import UserError
 from exporter import lower as stage
 from exporter import recipe as recipes
 from exporter.calibrate import calibrate
@@ -114,21 +113,6 @@ def test_large_weights_go_beside_the_graph_and_are_hashed(make, tmp_path, monkey
     assert graph.file("model.onnx").stat().st_size < graph.file("model.onnx.data").stat().st_size
     session = ort.open_session(graph.file("model.onnx"), graph.info)
     assert [entry.name for entry in session.get_outputs()] == ["sample"]
-
-
-@pytest.mark.parametrize(
-    ("weight", "activation", "words"),
-    [
-        ({"format": "int", "bits": 8}, {"format": "int", "bits": 4}, "no engine quantizes activations"),
-        ({"format": "int", "bits": 8}, {"format": "fp", "exponent_bits": 5, "mantissa_bits": 2}, "no engine quantizes"),
-    ],
-    ids=["INT4 activations", "E5M2 activations"],
-)
-def test_what_no_graph_can_hold_is_refused_with_the_layer(weight, activation, words, make, tmp_path):
-    source = make(weight, activation)
-    with pytest.raises(UserError, match=f"transformer_blocks.1.ff.*{words}"):
-        stage.lower(source, tmp_path / "graph")
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_check_catches_weights_that_were_expanded(make, tmp_path):

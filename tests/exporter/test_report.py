@@ -1,0 +1,36 @@
+"""What a person sees of a report: pictures whose differences are as strong as they say."""
+
+from __future__ import annotations
+
+import torch
+
+from exporter import report
+
+
+def drawn(monkeypatch, reference, other, *, in_pixels, tmp_path):
+    """Returns the drawn float, quantized and difference images of the first column."""
+    seen = []
+    original = report._drawable
+    monkeypatch.setattr(report, "_drawable", lambda image: seen.append(original(image)) or seen[-1])
+    report.draw_samples(reference, other, "ort", tmp_path / "samples.png", in_pixels)
+    assert (tmp_path / "samples.png").stat().st_size > 0
+    return seen[0], seen[len(reference)], seen[2 * len(reference)]
+
+
+def test_latents_and_their_differences_share_a_unit(monkeypatch, tmp_path):
+    reference = torch.full((1, 4, 8, 8), 4.0)
+    other = reference.clone()
+    other[:, 0, 0, 0] = 4.2  # five hundredths of the largest: half of the range, ten times as strong
+    first, second, difference = drawn(monkeypatch, reference, other, in_pixels=False, tmp_path=tmp_path)
+    assert torch.allclose(first, torch.ones(8, 8))
+    assert torch.allclose(second, torch.ones(8, 8))
+    assert abs(float(difference[0, 0]) - 0.75) < 1e-5
+    assert torch.allclose(difference[1:], torch.full((7, 8), 0.5))
+
+
+def test_colours_are_drawn_as_they_are(monkeypatch, tmp_path):
+    reference = torch.stack([torch.full((3, 8, 8), value) for value in (-1.0, 0.0)])
+    first, _, difference = drawn(monkeypatch, reference, reference + 0.02, in_pixels=True, tmp_path=tmp_path)
+    assert first.shape == (8, 8, 3)
+    assert torch.equal(first, torch.zeros(8, 8, 3))
+    assert torch.allclose(difference, torch.full((8, 8, 3), 0.6))
