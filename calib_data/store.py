@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from calib_data.tensors import save_tensors
+from calib_data.tensors import save_whole
 from engines.artifacts import Artifact
 
 
@@ -25,9 +25,7 @@ class ShardWriter:
         self._tensors |= {f"{step}/{name}": torch.from_numpy(value) for name, value in feeds.items()}
 
     def close(self) -> None:
-        temporary = self.path.with_suffix(".unfinished")
-        save_tensors(self._tensors, temporary)
-        temporary.rename(self.path)
+        save_whole(self._tensors, self.path)
 
 
 def shard_name(number: int) -> str:

@@ -26,6 +26,13 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         raise OSError(code, str(error)) from error
 
 
+def save_whole(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Writes tensors so that a file of this name is there whole or not at all."""
+    temporary = path.with_suffix(".unfinished")
+    save_tensors(tensors, temporary)
+    temporary.rename(path)
+
+
 def _os_error(message: str) -> int | None:
     _, found, rest = message.partition("os error ")  # the library tells the number only in its text
     return int(rest.split(")")[0]) if found else None

@@ -147,7 +147,7 @@ class QuantizedLayer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self._traced_weight() if torch.compiler.is_exporting() else self.weight_tensor.dequantize(x.dtype)
+        weight = self._traced_weight() if torch.compiler.is_exporting() else self._weight(x.dtype)
         if self.spec.multiplied:
             x = x * self.input_multiplier
         if self.spec.activation:
@@ -158,6 +158,9 @@ class QuantizedLayer(nn.Module):
             y = x @ weight
             return y if self.bias is None else y + self.bias
         return F.linear(x, weight.T, self.bias)
+
+    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight_tensor.dequantize(dtype)
 
     def _quantized_input(self, x: torch.Tensor, fmt: Format) -> torch.Tensor:
         if torch.compiler.is_exporting():

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from calib_data.store import CalibrationSet
-from calib_data.tensors import save_tensors
+from calib_data.tensors import save_tensors, save_whole
 from engines import artifacts
 from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError
-from exporter import methods, moments, observers, progress, quantized, scaling
+from exporter import methods, moments, observers, progress, quantized, reconstruct, scaling
 from exporter.checkpoint import Checkpoint
 from exporter.models import Family
 from exporter.modules import (
@@ -38,6 +40,7 @@ from exporter.runners import TorchRunner, in_chunks
 from exporter.tensors import QuantizedTensor, scale_for
 from exporter.versions import versions
 
+BLOCKS = ".blocks"  # in a draft: what trained methods keep until all blocks are done
 REFERENCE_STEPS = 5  # first and last included
 # Rows of a reference feed. A rounding floor is made of few flipped codes, so few rows make it noisy: the FP8 engine of
 # digits-dit lay up to 2.9 dB under it at a step with 8 rows, up to 2.4 dB with 32.
@@ -54,7 +57,8 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
     request = Request("quantized", made_from, {"recipe": recipe.name}, versions("torch", "diffusers"))
     if (made := artifacts.current(out, request)) is not None:
         return made
-    with artifacts.drafting(out, request) as draft:
+    trains = any(rule.method and methods.load(rule.method.name).TRAINS for rule in recipe.rules)
+    with artifacts.drafting(out, request, resumable=trains) as draft:
         data, family = CalibrationSet(calibration), checkpoint.family
         model = checkpoint.load()
         reference = _feeds(data)
@@ -62,11 +66,12 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         plan = plan_layers(model, family, recipe)
         factors = _factors(model, family, plan, data)
         plan = plan.multiplying(scaling.apply(model, family.folds(model), factors))
-        scales, ranges = _activation_scales(model, family, plan, data)
-        plan = _replace(model, plan, scales, _weights_by_inputs(model, family, plan, data))
+        scales, seen = _activation_scales(model, family, plan, data)
+        start = Start(_weights_by_inputs(model, family, plan, data), scales)
+        plan = _quantize_layers(model, family, plan, start, data, draft.path / BLOCKS)
         quantized.save(model, draft.path)
         scaling.save(factors, draft.path)
-        artifacts.write_json(draft.path / RANGES, ranges)
+        artifacts.write_json(draft.path / RANGES, seen.to_json(_ends(model)))
         draft.info = _info(checkpoint, recipe, calibration, model, plan, factors)
         _add_quantized_outputs(reference, model, family)  # last: it leaves the model in fp16
         save_tensors(reference, draft.path / quantized.REFERENCE)
@@ -147,8 +152,8 @@ def _channel_absmax(
 
 def _activation_scales(
     model: nn.Module, family: Family, plan: Plan, data: CalibrationSet
-) -> tuple[dict[str, torch.Tensor], Json]:
-    """Observes the inputs of every layer with a quantized activation; returns scales, [], and the table of ranges."""
+) -> tuple[dict[str, torch.Tensor], Ranges]:
+    """Observes the inputs of every layer with a quantized activation; returns scales, [], and the ranges seen."""
     watched = {
         path: observers.OBSERVERS[rule.activation.observer]()
         for path, rule in plan.rules.items()
@@ -156,20 +161,25 @@ def _activation_scales(
     }
     table = Ranges(data.steps)
     if not watched:
-        return {}, table.to_json({})
+        return {}, table
 
     def see(path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
         watched[path].update(x)
         table.update(path, x, steps)
 
     _watch_inputs(model, family, list(watched), data, see, "activation ranges")
-    scales, chosen = {}, {}
+    scales = {}
     for path, observer in watched.items():
         fmt = plan.specs[path].activation
         assert fmt is not None
         scales[path] = scale_for(torch.tensor(observer.range(fmt), dtype=torch.float64), fmt)
-        chosen[path] = float(scales[path]) * fmt.max_value
-    return scales, table.to_json(chosen)
+    return scales, table
+
+
+def _ends(model: nn.Module) -> dict[str, float]:
+    """Returns the largest magnitude that each layer's activation format takes, by path."""
+    layers = quantized.quantized_layers(model).items()
+    return {p: float(one.activation_scale) * one.spec.activation.max_value for p, one in layers if one.spec.activation}
 
 
 def _watch_inputs(
@@ -220,36 +230,120 @@ def _weights_by_inputs(
     return found
 
 
+@dataclass(frozen=True)
+class Start:
+    """What quantization starts from: weights that were chosen by their inputs, and the scales of activations."""
+
+    weights: dict[str, QuantizedTensor]
+    scales: Mapping[str, torch.Tensor]
+
+    def weight(self, model: nn.Module, path: str, plan: Plan) -> QuantizedTensor:
+        return self.weights[path] if path in self.weights else _quantize_weight(model, path, plan)
+
+    def state(self, path: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """Returns the buffers of the quantized layer."""
+        found = {"weight_codes": tensor.codes.contiguous(), "weight_scale": tensor.scale}
+        return found | ({"activation_scale": self.scales[path]} if path in self.scales else {})
+
+
 def _quantize_weight(
     model: nn.Module, path: str, plan: Plan, second_moments: torch.Tensor | None = None
 ) -> QuantizedTensor:
-    source, spec, rule = float_layer(model, path), plan.specs[path], plan.rules[path]
-    assert rule.method is not None
-    method = methods.load(rule.method.name)
+    source, spec = float_layer(model, path), plan.specs[path]
+    method, options = _method(plan, path)
     weight, axis = oriented(source, spec), channel_axis(source, spec)
-    return method.quantize_weight(weight, rule.weight, axis, rule.method.options, second_moments)
+    found: QuantizedTensor = method.quantize_weight(weight, plan.rules[path].weight, axis, options, second_moments)
+    return found
 
 
-def _replace(
-    model: nn.Module, plan: Plan, scales: Mapping[str, torch.Tensor], weights: dict[str, QuantizedTensor]
+def _method(plan: Plan, path: str) -> tuple[Any, Any]:
+    spec = plan.rules[path].method
+    assert spec is not None
+    return methods.load(spec.name), spec.options
+
+
+def _quantize_layers(
+    model: nn.Module, family: Family, plan: Plan, start: Start, data: CalibrationSet, work: Path
 ) -> Plan:
-    """Swaps float layers for quantized ones, one at a time, so that the float weights go as the codes come.
+    """Swaps float layers for quantized ones, those of trained blocks last; returns the plan with the chosen formats."""
+    blocks = _trained_blocks(model, family, plan)
+    inside = {path for paths in blocks.values() for path in paths}
+    if blocks:
+        options = [_method(plan, path)[1] for path in inside if _method(plan, path)[0].TRAINS]
+        samples = reconstruct.Samples(data, max(one.rows for one in options))
+        reconstruct.record_targets(model, family, list(blocks), samples, work)
+    specs = _replace(model, plan, start, [path for path in plan.specs if path not in inside])
+    for block, paths in blocks.items():
+        done = work / block / "done.safetensors"
+        if not done.exists():  # a kill left it, whole
+            calls = reconstruct.Calls(model, family, block, samples, work)
+            save_whole(_trained(model, block, paths, plan, start, calls), done)
+        state = load_file(done)
+        for path in paths:
+            leaves = {name.removeprefix(f"{path}."): t for name, t in state.items() if name.startswith(f"{path}.")}
+            specs[path] = replace(plan.specs[path], weight=start.weight(model, path, plan).format)
+            _put_quantized(model, path, specs[path], leaves)
+        reconstruct.forget(block, work)
+    shutil.rmtree(work, ignore_errors=True)
+    return replace(plan, specs={path: specs[path] for path in plan.specs})
 
-    Returns the plan with the formats that methods chose.
-    """
-    specs = dict(plan.specs)
-    for path in progress.track(plan.specs, len(plan.specs), "quantizing (layers)"):
-        source = float_layer(model, path)
-        tensor = weights.pop(path) if path in weights else _quantize_weight(model, path, plan)
+
+def _trained_blocks(model: nn.Module, family: Family, plan: Plan) -> dict[str, list[str]]:
+    """Returns the layers of every block that a method trains layers of, in the order in which blocks run."""
+    found = {}
+    for block in family.blocks(model):
+        paths = [path for path in plan.specs if path.startswith(f"{block}.")]
+        trained = {plan.rules[path].method for path in paths if _method(plan, path)[0].TRAINS}
+        if len(trained) > 1:
+            raise UserError(f"block {block!r}: two rules train its layers, each with options of its own", fix="use one")
+        if trained:
+            found[block] = paths
+    return found
+
+
+def _replace(model: nn.Module, plan: Plan, start: Start, paths: Sequence[str]) -> dict[str, LayerSpec]:
+    """Swaps layers one at a time, so that the float weights go as the codes come; returns how each is quantized."""
+    specs = {}
+    for path in progress.track(paths, len(paths), "quantizing (layers)"):
+        tensor = start.weight(model, path, plan)
         specs[path] = replace(plan.specs[path], weight=tensor.format)
-        layer = QuantizedLayer(source, specs[path])
-        layer.weight_codes, layer.weight_scale = tensor.codes.contiguous(), tensor.scale
-        if path in scales:
-            layer.activation_scale = scales[path]
-        if layer.spec.multiplied:
-            layer.input_multiplier = source.get_buffer("input_multiplier")
-        put(model, path, layer)
-    return replace(plan, specs=specs)
+        _put_quantized(model, path, specs[path], start.state(path, tensor))
+    return specs
+
+
+def _put_quantized(model: nn.Module, path: str, spec: LayerSpec, state: Mapping[str, torch.Tensor]) -> None:
+    source = float_layer(model, path)
+    layer = QuantizedLayer(source, spec)
+    layer._buffers |= dict(state)
+    if spec.multiplied:
+        layer.input_multiplier = source.get_buffer("input_multiplier")
+    put(model, path, layer)
+
+
+def _trained(
+    model: nn.Module, block: str, paths: Sequence[str], plan: Plan, start: Start, calls: reconstruct.Calls
+) -> dict[str, torch.Tensor]:
+    """Trains a block and returns the buffers of its quantized layers; the model's own layers are float again."""
+    sources = {path: float_layer(model, path) for path in paths}
+    learners: dict[str, Any] = {}
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for path in paths:
+        tensor = start.weight(model, path, plan)
+        spec = replace(plan.specs[path], weight=tensor.format)
+        method, options = _method(plan, path)
+        if method.TRAINS:
+            trainer, how = method, options
+            learners[path] = method.layer(sources[path], spec, tensor, start.scales.get(path), options)
+            put(model, path, learners[path])
+        else:
+            state[path] = start.state(path, tensor)
+            _put_quantized(model, path, spec, state[path])
+    phases = trainer.phases(list(learners.values()), how)
+    reconstruct.train_block(model.get_submodule(block), calls, phases, how.batch, f"training {block}")
+    state |= {path: learner.state() for path, learner in learners.items()}
+    for path, source in sources.items():
+        put(model, path, source)
+    return {f"{path}.{leaf}": tensor for path, leaves in state.items() for leaf, tensor in leaves.items()}
 
 
 def _feeds(data: CalibrationSet) -> Reference:

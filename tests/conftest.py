@@ -13,6 +13,13 @@ from filelock import FileLock
 
 import exporter  # noqa: F401  first of all: it sets how torch's threads wait
 
+LONGEST = ("test_family_unets.py", "test_resume.py", "test_end_to_end.py", "test_family_transformers.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def cli():

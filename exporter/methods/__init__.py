@@ -23,11 +23,13 @@ from exporter.tensors import QuantizedTensor
 class Method(Protocol):
     """What a method module holds, beside its frozen `Options`.
 
-    `NEEDS_CHANNEL_ABSMAX` asks for the inputs' largest magnitudes; `CHOOSES_FORMAT`: it takes `WeightSpec.candidates`.
+    `NEEDS_CHANNEL_ABSMAX` asks for the inputs' largest magnitudes; `CHOOSES_FORMAT`: it takes `WeightSpec.candidates`;
+    `TRAINS`: it holds what `Trained` says too.
     """
 
     NEEDS_CHANNEL_ABSMAX: bool
     CHOOSES_FORMAT: bool
+    TRAINS: bool
 
     def needs_moments(self, options: Any) -> bool:
         """Whether `quantize_weight` wants the second moments of the layer's inputs."""
@@ -49,6 +51,28 @@ class Method(Protocol):
 
         `moments` are E[x xᵀ] of what a row of the weight multiplies, [in, in].
         """
+
+
+class Trained(Method, Protocol):
+    """A method that trains a block's layers together (`exporter.reconstruct`), from what `quantize_weight` gives.
+
+    Its Options have `rows`, of the calibration set, and `batch`.
+    """
+
+    def layer(
+        self, source: Any, spec: Any, tensor: QuantizedTensor, scale: torch.Tensor | None, options: Any
+    ) -> TrainedLayer:
+        """Returns the layer that stands in a block while it trains; `scale` is its activation's."""
+
+    def phases(self, layers: Sequence[Any], options: Any) -> Sequence[Any]:
+        """Returns what is trained, one after the other, as `exporter.reconstruct.Phase`s."""
+
+
+class TrainedLayer(Protocol):
+    """A torch module, besides."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns the buffers that the quantized layer in its place has."""
 
 
 def names() -> list[str]:

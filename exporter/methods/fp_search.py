@@ -20,6 +20,7 @@ from exporter.recipe import WeightSpec
 from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for, sum_parts
 
 NEEDS_CHANNEL_ABSMAX = False
+TRAINS = False
 CHOOSES_FORMAT = True
 
 

@@ -13,6 +13,7 @@ from exporter.recipe import WeightSpec
 from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for
 
 NEEDS_CHANNEL_ABSMAX = False
+TRAINS = False
 CHOOSES_FORMAT = False
 
 

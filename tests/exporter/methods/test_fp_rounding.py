@@ -1,0 +1,235 @@
+"""Learned rounding: on the grid, never worse than what it starts from, resumable block by block."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from common import TINY
+from safetensors.torch import load_file
+from torch import nn
+
+from engines.errors import UserError
+from exporter import methods, quantized, reconstruct
+from exporter import recipe as recipes
+from exporter.calibrate import calibrate
+from exporter.checkpoint import open_checkpoint
+from exporter.formats.fp import Format as Fp
+from exporter.formats.int import Format as Int
+from exporter.methods import fp_rounding
+from exporter.metrics import sqnr_db
+from exporter.modules import LayerSpec, oriented
+from exporter.quantize import quantize
+from exporter.recipe import WeightSpec
+
+FORMATS = [Fp(2, 1), Fp(1, 2), Fp(3, 0), Fp(4, 3), Fp(3, 2), Int(4), Int(8), Int(3)]
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=[f"{fmt.kind}-{fmt}" for fmt in FORMATS])
+
+
+@every_format
+def test_neighbours_enclose_every_number_and_are_next_to_each_other(fmt):
+    values = fmt.values[fmt.values.isfinite()].unique(sorted=True)
+    x = torch.cat([torch.linspace(-1.2, 1.2, 4001) * fmt.max_value, values])
+    low, high = fp_rounding.neighbours(fmt, x)
+    inside = (x >= values[0]) & (x <= values[-1])
+    assert (low[inside] <= x[inside]).all()
+    assert (high[inside] >= x[inside]).all()
+    steps = torch.searchsorted(values, high[inside]) - torch.searchsorted(values, low[inside])
+    assert (steps <= 1).all()
+    assert torch.equal(steps == 0, torch.isin(x[inside], values))
+    assert torch.equal(low[~inside], high[~inside])
+    assert torch.equal(low[~inside].abs().clamp(max=values[-1]), torch.full_like(low[~inside], values[-1]))
+
+
+def layer_of(fmt, *, conv=False, activation=None, **options):
+    torch.manual_seed(0)
+    source = nn.Conv2d(16, 8, 3) if conv else nn.Linear(32, 8)
+    source.requires_grad_(False)
+    spec = LayerSpec(fmt, "channel", 0, activation)
+    start = methods.load("rtn").quantize_weight(oriented(source, spec), WeightSpec(fmt), 0 if conv else 1, None)
+    scale = torch.tensor(0.01) if activation else None
+    return source, start, fp_rounding.layer(source, spec, start, scale, fp_rounding.Options(**options))
+
+
+@every_format
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
+def test_untrained_it_rounds_to_the_nearest_and_softly_not_at_all(fmt, conv):
+    source, start, layer = layer_of(fmt, conv=conv)
+    assert torch.equal(fmt.decode(layer.state()["weight_codes"]), fmt.decode(start.codes))
+    layer.hard = False
+    # h = 1.2 σ(logit) − 0.1 and back, in fp32; a weight beyond the format's end goes to the end
+    assert torch.allclose(
+        layer._weight(torch.float32), oriented(source, layer.spec), atol=float(start.scale.max()) * 1e-4
+    )
+
+
+@every_format
+def test_what_ships_lies_next_to_the_weight(fmt):
+    source, start, layer = layer_of(fmt)
+    with torch.no_grad():
+        layer.logits.copy_(torch.randn(layer.logits.shape))
+    values = fmt.decode(layer.state()["weight_codes"])
+    low, high = fp_rounding.neighbours(fmt, oriented(source, layer.spec) / start.scale)
+    assert ((values == low) | (values == high)).all()
+
+
+def test_logits_in_units_of_the_step_move_alike_in_every_binade():
+    _, _, layer = layer_of(Fp(3, 0))
+    layer.hard = False
+    layer._weight(torch.float32).sum().backward()
+    free = layer.free & ((layer.rounding() - 0.5).abs() < 0.1)
+    relative = layer.logits.grad[free] / (layer._step * layer._spread)[free]
+    moved = relative * layer._unit[free]
+    assert float(moved.std() / moved.mean()) < 0.2  # of h itself, not of the step
+
+
+class Worse:
+    """A phase that does harm."""
+
+    iterations, rate = 3, 10.0
+
+    def __init__(self, block):
+        self.block = block
+
+    def parameters(self):
+        return [self.block.weight]
+
+    def regularizer(self, done):
+        return -1e6 * self.block.weight.square().sum()  # away from anything useful
+
+    def train(self, training):
+        pass
+
+
+def calls_of(inputs, targets):
+    calls = object.__new__(reconstruct.Calls)
+    _, calls._spec = torch.utils._pytree.tree_flatten(((0,), {}))
+    calls._constants, calls._chunks = [None], [{"in0": inputs, "out0": targets}]
+    return calls
+
+
+def test_a_phase_that_does_harm_is_taken_back():
+    torch.manual_seed(0)
+    block, x = nn.Linear(8, 8), torch.randn(64, 8)
+    before = block.weight.detach().clone()
+    reconstruct.train_block(block, calls_of(x, block(x).detach()), [Worse(block)], 16, "test")
+    assert torch.equal(block.weight, before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(TINY | {"num_layers": 2, "out_channels": 2}))
+    checkpoint = open_checkpoint(f"random:{folder}", steps=4)
+    return checkpoint, calibrate(checkpoint, folder / "calibration", samples=32)
+
+
+FP8 = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
+SHORT = {"iterations": 80, "activation_iterations": 10, "rows": 128, "rate": 0.1}
+
+
+def rules(method, **options):
+    weight = {"format": "fp", "exponent_bits": 2, "mantissa_bits": 1}
+    rule = {"layers": "*", "weight": weight, "activation": FP8, "method": {"name": method, **options}}
+    return [{"layers": "*", "scope": "outside_blocks", "keep": "float"}, rule]
+
+
+def quantized_with(tiny, folder, rules_):
+    checkpoint, calibration = tiny
+    return quantize(checkpoint, recipes.parse("test", {"rule": rules_}), calibration, folder)
+
+
+def quality(source):
+    reference = load_file(source.file(quantized.REFERENCE))
+    return sum(sqnr_db(reference[f"{step}/float"], reference[f"{step}/quantized"]) for step in range(4)) / 4
+
+
+@pytest.fixture(scope="module")
+def learned(tiny, tmp_path_factory):
+    return quantized_with(tiny, tmp_path_factory.mktemp("learned") / "quantized", rules("fp_rounding", **SHORT))
+
+
+def test_learning_brings_the_model_nearer_to_the_float_one(tiny, learned, tmp_path):
+    searched = quantized_with(tiny, tmp_path / "searched", rules("fp_search"))
+    assert quality(learned) > quality(searched) + 0.2
+
+
+def test_nothing_of_the_training_is_left_in_the_artifact(learned):
+    assert not [name for name in learned.manifest["files"] if ".blocks" in name or "target" in name]
+    assert not list(learned.path.parent.glob(".quantized.partial"))
+
+
+def test_the_range_table_holds_the_learned_ranges(learned):
+    ranges = json.loads(learned.file("ranges.json").read_text())["layers"]
+    for path, layer in quantized.quantized_layers(quantized.load(learned)).items():
+        if path in ranges:
+            assert ranges[path]["range"] == pytest.approx(float(layer.activation_scale) * 448, rel=1e-3)
+
+
+def test_a_killed_run_goes_on_with_the_next_block(tiny, learned, tmp_path, monkeypatch):
+    original, trained = reconstruct.train_block, []
+
+    def train(block, calls, phases, batch, what):
+        if len(trained) == 1:
+            trained.append("killed")
+            raise KeyboardInterrupt
+        trained.append(what)
+        original(block, calls, phases, batch, what)
+
+    monkeypatch.setattr(reconstruct, "train_block", train)
+    with pytest.raises(KeyboardInterrupt):
+        quantized_with(tiny, tmp_path / "quantized", rules("fp_rounding", **SHORT))
+    assert not (tmp_path / "quantized").exists()
+    resumed = quantized_with(tiny, tmp_path / "quantized", rules("fp_rounding", **SHORT))
+    assert trained == ["training transformer_blocks.0", "killed", "training transformer_blocks.1"]
+    assert resumed.digest == learned.digest
+
+
+def test_calls_read_from_disk_are_those_held_in_memory(tiny, tmp_path, monkeypatch):
+    checkpoint, calibration = tiny
+    from calib_data.store import CalibrationSet
+
+    model, samples = checkpoint.load(), reconstruct.Samples(CalibrationSet(calibration), 100)
+    block = checkpoint.family.blocks(model)[1]
+    reconstruct.record_targets(model, checkpoint.family, [block], samples, tmp_path)
+    held = reconstruct.Calls(model, checkpoint.family, block, samples, tmp_path)
+    monkeypatch.setattr(reconstruct, "HELD_BYTES", 0)
+    stored = reconstruct.Calls(model, checkpoint.family, block, samples, tmp_path)
+    assert len(list((tmp_path / block).glob("call-*"))) == 2
+    module = model.get_submodule(block)
+    assert held.error(module) == stored.error(module) < 1e-10  # the float block gives the float targets
+    one, other = (calls.batch(8, torch.Generator().manual_seed(3)) for calls in (held, stored))
+    assert all(torch.equal(a, b) for a, b in zip(one.targets, other.targets, strict=True))
+
+
+def test_samples_are_spread_over_all_steps(tiny):
+    from calib_data.store import CalibrationSet
+
+    samples = reconstruct.Samples(CalibrationSet(tiny[1]), 100)
+    steps = torch.cat([chunk["step"] for chunk in samples.chunks])
+    assert len(steps) == 100
+    counts = steps.bincount()
+    assert len(counts) == 4
+    assert counts.max() - counts.min() <= 2  # one for each of the two shards
+    assert len(set(steps[:16].tolist())) > 1  # in no order
+
+
+def test_two_trainings_in_one_block_are_refused(tiny, tmp_path):
+    kept, rule = rules("fp_rounding", **SHORT)
+    other = rules("fp_rounding", **SHORT | {"rate": 0.2})[1] | {"layers": "*.attn1.*"}
+    with pytest.raises(UserError, match=r"transformer_blocks\.0.*two rules"):
+        quantized_with(tiny, tmp_path / "quantized", [kept, other, rule])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("key", "value"), [("iterations", 0), ("batch", 1.5), ("rows", -3), ("warmup", 1.0)])
+def test_options_without_sense_are_refused(key, value):
+    with pytest.raises(UserError, match=key):
+        methods.options("fp_rounding", {key: value}, "test")
+
+
+def test_formats_of_every_grid_are_covered():
+    assert {type(fmt) for fmt in FORMATS} == {Fp, Int}
+    assert len(set(itertools.chain(FORMATS))) == len(FORMATS)
