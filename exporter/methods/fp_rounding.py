@@ -7,7 +7,7 @@ AdaRound's (Nagel et al., arXiv 2004.10568, equations 21 to 24) on any format's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ from torch import nn
 from engines.errors import UserError
 from exporter.formats import Format
 from exporter.methods import fp_search
-from exporter.models import Fold
 from exporter.modules import FloatLayer, LayerSpec, QuantizedLayer, oriented
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
@@ -25,6 +24,7 @@ from exporter.tensors import QuantizedTensor, spread
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = True
 CHOOSES_FORMAT = True
+factors = fp_search.factors
 STRETCH, SHIFT = 1.2, 0.1  # Source: AdaRound, equation 23 and below: ζ − γ with ζ = 1.1, γ = −0.1
 BETA = (20.0, 2.0)  # the regulariser's exponent, annealed. Source: methods.md section 1, after Q-Diffusion
 
@@ -61,16 +61,6 @@ class Options:
 
 def needs_moments(options: Options) -> bool:
     return options.output
-
-
-def factors(
-    model: nn.Module,
-    paths: Sequence[str],
-    folds: Sequence[Fold],
-    channel_absmax: Mapping[str, torch.Tensor],
-    options: Options,
-) -> dict[str, torch.Tensor]:
-    return {}
 
 
 def quantize_weight(

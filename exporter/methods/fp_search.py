@@ -7,14 +7,12 @@ LLM-FP4 (Liu et al., arXiv 2310.16836): 111 clips evenly over 0.1 … 1.2 of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from exporter.formats import Format
-from exporter.models import Fold
+from exporter.methods import rtn
 from exporter.observers import CLIPS
 from exporter.recipe import WeightSpec
 from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for, sum_parts
@@ -22,6 +20,7 @@ from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for, sum_p
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = False
 CHOOSES_FORMAT = True
+factors = rtn.factors
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,6 @@ class Options:
 
 def needs_moments(options: Options) -> bool:
     return options.output
-
-
-def factors(
-    model: nn.Module,
-    paths: Sequence[str],
-    folds: Sequence[Fold],
-    channel_absmax: Mapping[str, torch.Tensor],
-    options: Options,
-) -> dict[str, torch.Tensor]:
-    return {}
 
 
 def quantize_weight(
