@@ -52,9 +52,10 @@ class Options:
     scale_aware: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch", "rows"):
-            if getattr(self, name) < 1 or getattr(self, name) % 1:
-                raise UserError(f"fp_rounding: {name} = {getattr(self, name)}", fix="write a whole number, at least 1")
+        for name, least in (("iterations", 1), ("batch", 1), ("rows", 1), ("activation_iterations", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"fp_rounding: {name} = {value}", fix=f"write a whole number, at least {least}")
         if not 0 <= self.warmup < 1:
             raise UserError(f"fp_rounding: warmup = {self.warmup}", fix="write a share of the iterations, 0 … below 1")
 

@@ -224,7 +224,10 @@ def test_two_trainings_in_one_block_are_refused(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("key", "value"), [("iterations", 0), ("batch", 1.5), ("rows", -3), ("warmup", 1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("iterations", 0), ("batch", 1.5), ("rows", 64.0), ("activation_iterations", -1), ("warmup", 1.0)],
+)
 def test_options_without_sense_are_refused(key, value):
     with pytest.raises(UserError, match=key):
         methods.options("fp_rounding", {key: value}, "test")
