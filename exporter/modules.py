@@ -19,7 +19,6 @@ from exporter.tensors import Granularity, QuantizedTensor, fake_quantize, times_
 
 ZERO_POINTS = ("weight_zero_point", "activation_zero_point")  # always zero
 DERIVED = (*ZERO_POINTS, "weight_table", "weight_unit")  # what graphs need and a layer's spec says: files hold none
-FP16_MAX = 65504.0
 FloatLayer = nn.Linear | nn.Conv2d
 FLOAT_LAYERS = (nn.Linear, nn.Conv2d)  # what a recipe's rules range over
 
@@ -41,13 +40,17 @@ class StepContext:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is quantized; what the manifest holds of it. `multiplied`: it multiplies its input per channel."""
+    """How one layer is quantized; what the manifest holds of it. `multiplied`: it multiplies its input per channel.
+
+    Not `deployable`: its formats are simulated, for study; no graph holds them.
+    """
 
     weight: Format
     granularity: Granularity
     block_size: int
     activation: Format | None
     multiplied: bool = False
+    deployable: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,13 +59,15 @@ class LayerSpec:
             "block_size": self.block_size,
             "activation": _format_json(self.activation) if self.activation else None,
             "multiplied": self.multiplied,
+            "deployable": self.deployable,
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> LayerSpec:
         activation = _format(value["activation"], where) if value["activation"] else None
         weight = _format(value["weight"], where)
-        return cls(weight, value["granularity"], value["block_size"], activation, value["multiplied"])
+        flags = value["multiplied"], value["deployable"]
+        return cls(weight, value["granularity"], value["block_size"], activation, *flags)
 
     @property
     def kinds(self) -> dict[str, str | None]:
@@ -110,6 +115,7 @@ class QuantizedLayer(nn.Module):
         self.conv = _conv_arguments(source) if isinstance(source, nn.Conv2d) else None
         self.weight_shape = tuple(source.weight.shape)
         self.bias = source.bias
+        self._decoded: torch.Tensor | None = None
         self.axis = channel_axis(source, spec)
         shape = oriented_shape(source, spec)
         self.register_buffer("weight_codes", torch.empty(shape, dtype=spec.weight.carrier))
@@ -159,7 +165,13 @@ class QuantizedLayer(nn.Module):
             return y if self.bias is None else y + self.bias
         return F.linear(x, weight.T, self.bias)
 
+    def decode_once(self) -> None:
+        """Keeps the decoded weight in memory from now on, fp32: sampling is faster, the codes stay what they are."""
+        self._decoded = self.weight_tensor.dequantize()
+
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype == torch.float32 and self._decoded is not None:
+            return self._decoded
         return self.weight_tensor.dequantize(dtype)
 
     def _quantized_input(self, x: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -216,7 +228,7 @@ def oriented(layer: FloatLayer, spec: LayerSpec) -> torch.Tensor:
 
 def check_fits(path: str, layer: FloatLayer, spec: LayerSpec) -> None:
     """Raises a UserError if the layer's width is no multiple of the block size, or its formats do not go together."""
-    if not spec.weight.native:
+    if not spec.weight.native and spec.deployable:
         _check_looked_up(path, spec)
     if spec.granularity != "block":
         return
@@ -242,7 +254,8 @@ def fitting(path: str, layer: FloatLayer, spec: LayerSpec, choices: Sequence[For
         except UserError as error:
             faults.append(error)
         else:
-            if len(choices) == 1 or not spec.activation or fmt.kind.startswith(spec.activation.kind[:2]):
+            free = len(choices) == 1 or not spec.activation or not spec.deployable
+            if free or fmt.kind.startswith(spec.activation.kind[:2]):  # type: ignore[union-attr]
                 found.append(fmt)
     if not found and faults:
         raise faults[0]
@@ -257,11 +270,11 @@ def _check_looked_up(path: str, spec: LayerSpec) -> None:
     A looked-up weight meets a quantized activation in the activation's type: each of its values must be in that.
     """
     values, activation = spec.weight.values, spec.activation
-    if spec.weight.max_value > FP16_MAX:
+    if not torch.equal(values.half().float(), values):
         raise UserError(
-            f"layer {path!r}: {spec.weight} reaches {spec.weight.max_value:g}; fp16, which graphs compute in, "
-            f"{FP16_MAX:g}",
-            fix="use at most 5 exponent bits",
+            f"layer {path!r}: not all values of {spec.weight} exist in fp16, which graphs compute in",
+            fix="use at most 5 exponent bits, and of 6 and 8 bits at least 2 mantissa bits beside 5; or study it with "
+            "deployable = false",
         )
     if activation is None:
         return

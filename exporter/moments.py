@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from exporter.modules import float_layer
 
 GROUP_BYTES = 1 << 30  # of moments held at once: more layers take another pass over the calibration set
-ROWS = 2048  # of each batch, spread evenly: beyond that a moment hardly changes, and its time would
+ROWS = 1024  # of each batch, spread evenly: beyond that a moment hardly changes, and its time would
 
 
 def width(model: nn.Module, path: str) -> int:
@@ -45,7 +45,6 @@ class Moments:
 
     def see(self, path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
         rows = _rows(self._layers[path], x)
-        rows = rows[:: -(-len(rows) // ROWS)]
         self._sums[path].addmm_(rows.T, rows)
         self._counts[path] += len(rows)
 
@@ -55,9 +54,17 @@ class Moments:
 
 
 def _rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Returns what each output is computed from, [n, in]."""
-    if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return patches.transpose(1, 2).flatten(0, 1)
-    return x.flatten(0, -2)
+    """Returns what outputs are computed from, [n, in], for at most ROWS of them."""
+    if not isinstance(layer, nn.Conv2d):
+        rows = x.flatten(0, -2)
+        return rows[:: -(-len(rows) // ROWS)]
+    assert not isinstance(layer.padding, str)
+    up, left = layer.padding
+    patches = F.pad(x, (left, left, up, up))
+    for axis in (2, 3):  # views: only what is taken below is copied
+        size, stride, gap = (one[axis - 2] for one in (layer.kernel_size, layer.stride, layer.dilation))
+        patches = patches.unfold(axis, (size - 1) * gap + 1, stride)[..., ::gap]
+    patches = patches.permute(0, 2, 3, 1, 4, 5)  # [n, h, w, in, kh, kw]
+    count = patches.shape[:3].numel()
+    taken = torch.unravel_index(torch.arange(0, count, -(-count // ROWS)), patches.shape[:3])
+    return patches[taken].flatten(1)

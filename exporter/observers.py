@@ -12,6 +12,7 @@ from exporter.formats import Format
 OCTAVE_BITS = 8  # 256 bins to an octave: see Histogram
 LOWEST_EXPONENT = -24
 BINS = 64 << OCTAVE_BITS  # 64 octaves
+COUNTED = 1 << 20  # values of one tensor that a histogram counts, at most: one in so many, of a stride that is odd
 PERCENTILE = 99.99  # of |x|; a choice: the value most tools use for 8 bits
 # Clips tried, as shares of the largest magnitude. Source: methods.md section 1, "111 clips evenly over 0.1 … 1.2";
 # beyond 1 nothing is clipped and steps only widen for integers, but a floating-point grid may fall better.
@@ -44,7 +45,8 @@ class Histogram:
 
     An octave's bins follow fp32's own exponent and first 8 mantissa bits. They are fine enough for 8-bit integers at
     the top of their range (4 bins to a step) and for any floating-point format, wherever the outliers lie; memory is
-    constant; and but for the last bits of the sums the result does not depend on how the data was cut into tensors.
+    constant; and but for the last bits of the sums the result does not depend on how the data was cut into tensors of
+    at most COUNTED values, of which every one counts. `largest` is over all.
     """
 
     def __init__(self) -> None:
@@ -55,6 +57,7 @@ class Histogram:
     def update(self, x: torch.Tensor) -> None:
         magnitude = x.detach().abs().flatten().float()
         self.largest = max(self.largest, float(magnitude.amax()))
+        magnitude = magnitude[:: -(-len(magnitude) // COUNTED) | 1]
         bits = magnitude.view(torch.int32) >> (23 - OCTAVE_BITS)
         index = (bits - ((127 + LOWEST_EXPONENT) << OCTAVE_BITS)).clamp_(0, BINS - 1)
         self.counts += torch.bincount(index, minlength=BINS)
@@ -94,14 +97,19 @@ class Mse:
         self.histogram.update(x)
 
     def range(self, fmt: Format) -> float:
+        return self.fit(fmt)[0]
+
+    def fit(self, fmt: Format) -> tuple[float, float]:
+        """Returns the range, and the sum of squared errors that it leaves."""
         if self.histogram.largest == 0.0:
-            return 0.0
+            return 0.0, 0.0
         used = self.histogram.counts > 0
         values, counts = self.histogram.means[used], self.histogram.counts[used]
         clips = CLIPS.double() * self.histogram.largest
         scales = (clips / fmt.max_value)[:, None]
         errors = ((fmt.round(values / scales) * scales - values).square() * counts).sum(dim=1)
-        return float(clips[errors.argmin()])
+        return float(clips[errors.argmin()]), float(errors.min())
 
 
+FITTING = ("mse",)  # whose errors tell formats apart
 OBSERVERS: dict[str, Callable[[], Observer]] = {"absmax": AbsMax, "percentile": Percentile, "mse": Mse}

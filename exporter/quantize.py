@@ -66,14 +66,14 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         plan = plan_layers(model, family, recipe)
         factors = _factors(model, family, plan, data)
         plan = plan.multiplying(scaling.apply(model, family.folds(model), factors))
-        scales, seen = _activation_scales(model, family, plan, data)
+        plan, scales, seen = _activations(model, family, plan, data)
         start = Start(_weights_by_inputs(model, family, plan, data), scales)
         plan = _quantize_layers(model, family, plan, start, data, draft.path / BLOCKS)
         quantized.save(model, draft.path)
         scaling.save(factors, draft.path)
         artifacts.write_json(draft.path / RANGES, seen.to_json(_ends(model)))
         draft.info = _info(checkpoint, recipe, calibration, model, plan, factors)
-        _add_quantized_outputs(reference, model, family)  # last: it leaves the model in fp16
+        _add_quantized_outputs(reference, model, family, floors=plan.deployable)  # last: it leaves the model in fp16
         save_tensors(reference, draft.path / quantized.REFERENCE)
     return artifacts.open_artifact(out, "quantized")
 
@@ -85,6 +85,10 @@ class Plan:
     rules: Mapping[str, Rule]
     specs: Mapping[str, LayerSpec]
     splits: Mapping[str, int]
+
+    @property
+    def deployable(self) -> bool:
+        return all(spec.deployable for spec in self.specs.values())
 
     def multiplying(self, paths: Sequence[str]) -> Plan:
         """Returns the plan with layers that multiply their own input."""
@@ -113,7 +117,8 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
         if rule.weight is None:
             continue
         activation = rule.activation.format if rule.activation else None
-        spec = LayerSpec(rule.weight.format, rule.weight.granularity, rule.weight.block_size, activation)
+        weight = rule.weight
+        spec = LayerSpec(weight.format, weight.granularity, weight.block_size, activation, deployable=rule.deployable)
         choices = fitting(path, layers[path], spec, rule.weight.choices)
         specs[path] = replace(spec, weight=choices[0])
         if rule.weight.candidates:
@@ -146,14 +151,17 @@ def _channel_absmax(
         seen = channels_last.abs().flatten(0, -2).amax(dim=0)
         largest[path] = torch.maximum(largest[path], seen) if path in largest else seen
 
-    _watch_inputs(model, family, paths, data, see, "input channels")
+    watch_inputs(model, family, paths, data, see, "input channels")
     return largest
 
 
-def _activation_scales(
+def _activations(
     model: nn.Module, family: Family, plan: Plan, data: CalibrationSet
-) -> tuple[dict[str, torch.Tensor], Ranges]:
-    """Observes the inputs of every layer with a quantized activation; returns scales, [], and the ranges seen."""
+) -> tuple[Plan, dict[str, torch.Tensor], Ranges]:
+    """Observes the inputs of every layer with a quantized activation; returns scales, [], and the ranges seen.
+
+    The plan has the formats that were chosen where a rule leaves them open.
+    """
     watched = {
         path: observers.OBSERVERS[rule.activation.observer]()
         for path, rule in plan.rules.items()
@@ -161,19 +169,23 @@ def _activation_scales(
     }
     table = Ranges(data.steps)
     if not watched:
-        return {}, table
+        return plan, {}, table
 
     def see(path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
         watched[path].update(x)
         table.update(path, x, steps)
 
-    _watch_inputs(model, family, list(watched), data, see, "activation ranges")
-    scales = {}
+    watch_inputs(model, family, list(watched), data, see, "activation ranges")
+    scales, specs = {}, dict(plan.specs)
     for path, observer in watched.items():
-        fmt = plan.specs[path].activation
-        assert fmt is not None
+        activation = plan.rules[path].activation
+        assert activation is not None
+        fmt = activation.format
+        if activation.candidates:
+            fmt = min(activation.candidates, key=lambda one: observer.fit(one)[1])  # type: ignore[attr-defined]
+            specs[path] = replace(specs[path], activation=fmt)
         scales[path] = scale_for(torch.tensor(observer.range(fmt), dtype=torch.float64), fmt)
-    return scales, table
+    return replace(plan, specs=specs), scales, table
 
 
 def _ends(model: nn.Module) -> dict[str, float]:
@@ -182,7 +194,7 @@ def _ends(model: nn.Module) -> dict[str, float]:
     return {p: float(one.activation_scale) * one.spec.activation.max_value for p, one in layers if one.spec.activation}
 
 
-def _watch_inputs(
+def watch_inputs(
     model: nn.Module, family: Family, paths: Sequence[str], data: CalibrationSet, see: Any, what: str
 ) -> None:
     """Runs every calibration record through the model, showing `see(path, x, steps)` the inputs of layers."""
@@ -224,7 +236,7 @@ def _weights_by_inputs(
     found = {}
     for group in moments.groups(model, paths):
         seen = moments.Moments(model, group)
-        _watch_inputs(model, family, group, data, seen.see, "inputs' second moments")
+        watch_inputs(model, family, group, data, seen.see, "inputs' second moments")
         for path in progress.track(group, len(group), "searching (layers)"):
             found[path] = _quantize_weight(model, path, plan, seen.mean(path))
     return found
@@ -271,12 +283,13 @@ def _quantize_layers(
     if blocks:
         options = [_method(plan, path)[1] for path in inside if _method(plan, path)[0].TRAINS]
         samples = reconstruct.Samples(data, max(one.rows for one in options))
+        hold = max(one.hold_mb for one in options) << 20
         reconstruct.record_targets(model, family, list(blocks), samples, work)
     specs = _replace(model, plan, start, [path for path in plan.specs if path not in inside])
     for block, paths in blocks.items():
         done = work / block / "done.safetensors"
         if not done.exists():  # a kill left it, whole
-            calls = reconstruct.Calls(model, family, block, samples, work)
+            calls = reconstruct.Calls(model, family, block, samples, work, hold=hold)
             save_whole(_trained(model, block, paths, plan, start, calls), done)
         state = load_file(done)
         for path in paths:
@@ -381,13 +394,12 @@ def _add_outputs(reference: Reference, what: str, runner: TorchRunner) -> None:
         reference[f"{step}/{what}"] = output.float().contiguous()
 
 
-def _add_quantized_outputs(reference: Reference, model: nn.Module, family: Family) -> None:
-    """Adds the quantized model's outputs in fp32, and in fp64 and fp16, whose distances are the rounding floors."""
-    for what, dtype in (
-        ("quantized", torch.float32),
-        ("quantized_fp64", torch.float64),
-        ("quantized_fp16", torch.float16),
-    ):
+def _add_quantized_outputs(reference: Reference, model: nn.Module, family: Family, *, floors: bool) -> None:
+    """Adds the quantized model's outputs in fp32, and with `floors` in fp64 and fp16, whose distances they are."""
+    outputs = {"quantized": torch.float32}
+    if floors:
+        outputs |= {"quantized_fp64": torch.float64, "quantized_fp16": torch.float16}
+    for what, dtype in outputs.items():
         nn.Module.to(model, dtype)  # diffusers' own .to() warns that it may keep modules in fp32; none is here
         _add_outputs(reference, what, TorchRunner(what, model, family, dtype=dtype, steps=StepContext()))
 

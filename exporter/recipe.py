@@ -20,7 +20,7 @@ FOLDER = catalog.HERE / "recipes"
 MAX_RECIPE_BYTES = 1 << 20
 SCOPES = ("all", "blocks", "outside_blocks")
 TYPES = ("any", "conv", "linear")
-RULE_KEYS = ("layers", "scope", "optional", "type", "grouped", "narrower_than", "split_skips")
+RULE_KEYS = ("layers", "scope", "optional", "type", "grouped", "narrower_than", "split_skips", "deployable")
 _FORMAT_KEYS = ("bits", "exponent_bits", "mantissa_bits")
 
 
@@ -40,10 +40,15 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """One static scale per tensor."""
+    """One static scale per tensor. `candidates`: the formats that the observer chooses from, by their error."""
 
     format: Format
     observer: str = "absmax"
+    candidates: tuple[Format, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Format, ...]:
+        return self.candidates or (self.format,)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Rule:
     """Which layers, and how they are quantized; without `weight` they are kept.
 
     A layer must match all of `layers` (a shell pattern on module paths), `scope` (which part of the model), `type`,
-    `grouped` (only convolutions in groups) and `narrower_than` (fewer channels in or out, per group).
+    `grouped` (only convolutions in groups) and `narrower_than` (fewer channels in or out, per group). Not `deployable`:
+    for study, with formats that no engine multiplies.
     """
 
     layers: str
@@ -67,6 +73,7 @@ class Rule:
     grouped: bool = False
     narrower_than: int | None = None
     split_skips: bool = False
+    deployable: bool = True
     weight: WeightSpec | None = None
     activation: ActivationSpec | None = None
     method: MethodSpec | None = None
@@ -199,9 +206,9 @@ def _rule(table: Any, where: str) -> Rule:
     for key, words in (("scope", SCOPES), ("type", TYPES)):
         if table.get(key, words[0]) not in words:
             raise unknown(key, str(table[key]), words, where)
-    for key in ("optional", "grouped", "split_skips"):
+    for key in ("optional", "grouped", "split_skips", "deployable"):
         if not isinstance(table.get(key, False), bool):
-            raise UserError(f"{where}: {key} = {table[key]!r}", fix=f"write {key} = true or leave it out")
+            raise UserError(f"{where}: {key} = {table[key]!r}", fix=f"write {key} = true or false, or leave it out")
     if "narrower_than" in table:
         _integer(table, "narrower_than", where, default=0, least=2)
     rule = Rule(**{key: table[key] for key in RULE_KEYS if key in table})
@@ -209,15 +216,17 @@ def _rule(table: Any, where: str) -> Rule:
         return _keep(rule, table, where)
     if "weight" not in table:
         raise UserError(f"{where}: says neither weight nor keep", fix='write weight = { … } or keep = "float"')
-    weight = _weight(table["weight"], f"{where}, weight")
+    weight = _weight(table["weight"], f"{where}, weight", rule.deployable)
     method = _method(table.get("method", {"name": "rtn"}), f"{where}, method")
     if weight.candidates and not methods.load(method.name).CHOOSES_FORMAT:
         raise UserError(
             f"{where}: leaves the format open, and method {method.name!r} chooses none",
             fix="write exponent_bits and mantissa_bits, or use a method that chooses: fp_search",
         )
-    activation = _activation(table["activation"], f"{where}, activation") if "activation" in table else None
-    if activation:
+    activation = None
+    if "activation" in table:
+        activation = _activation(table["activation"], f"{where}, activation", rule.deployable)
+    if activation and rule.deployable:
         _check_pair(weight, activation, where)
     return replace(rule, weight=weight, activation=activation, method=method)
 
@@ -240,12 +249,12 @@ def _check_pair(weight: WeightSpec, activation: ActivationSpec, where: str) -> N
 def _keep(rule: Rule, table: Mapping[str, Any], where: str) -> Rule:
     if table["keep"] != "float":
         raise unknown("keep", str(table["keep"]), ("float",), where)
-    if extra := {"weight", "activation", "method", "split_skips"} & table.keys():
+    if extra := {"weight", "activation", "method", "split_skips", "deployable"} & table.keys():
         raise UserError(f"{where}: keeps its layers but also says {', '.join(sorted(extra))}", fix="drop one of them")
     return rule
 
 
-def _weight(table: Any, where: str) -> WeightSpec:
+def _weight(table: Any, where: str, deployable: bool) -> WeightSpec:
     _known(table, ("format", "granularity", "block_size", *_FORMAT_KEYS), where)
     granularity = table.get("granularity", "channel")
     if granularity not in GRANULARITIES:
@@ -255,23 +264,33 @@ def _weight(table: Any, where: str) -> WeightSpec:
     if granularity != "block" and "block_size" in table:
         raise UserError(f"{where}: block_size without granularity block", fix='write granularity = "block", or drop it')
     block_size = _integer(table, "block_size", where, default=0, least=1 if granularity == "block" else 0)
-    candidates = _candidates(table, where)
+    candidates = _candidates(table, where, deployable)
     fmt = candidates[0] if candidates else _format(table, where)
     return WeightSpec(fmt, cast(Literal["tensor", "channel", "block"], granularity), block_size, candidates)
 
 
-def _activation(table: Any, where: str) -> ActivationSpec:
+def _activation(table: Any, where: str, deployable: bool) -> ActivationSpec:
     _known(table, ("format", "observer", *_FORMAT_KEYS), where)
     observer = table.get("observer", "absmax")
     if not isinstance(observer, str) or observer not in observers.OBSERVERS:
         raise unknown("observer", str(observer), observers.OBSERVERS, where)
-    fmt = _format(table, where)
-    if fmt.bits != 8 or fmt.kind not in ("int8", "fp8"):
+    candidates = _candidates(table, where, deployable)
+    if candidates and (deployable or observer not in observers.FITTING):
+        raise UserError(
+            f"{where}: leaves the format open" + f", and observer {observer!r} compares none" * (not deployable),
+            fix='write observer = "mse"'
+            if not deployable
+            else "name it: int with 8 bits, or fp with 4 exponent and 3 "
+            "mantissa bits; or write deployable = false in the rule, to study what no engine multiplies",
+        )
+    fmt = candidates[0] if candidates else _format(table, where)
+    if deployable and (fmt.bits != 8 or fmt.kind not in ("int8", "fp8")):
         raise UserError(
             f"{where}: no engine quantizes activations to {fmt.kind} of {fmt.bits} bits",
-            fix="use int with 8 bits, or fp with 4 exponent and 3 mantissa bits",
+            fix="use int with 8 bits, or fp with 4 exponent and 3 mantissa bits; or write deployable = false in the "
+            "rule, to study it",
         )
-    return ActivationSpec(fmt, observer)
+    return ActivationSpec(fmt, observer, candidates)
 
 
 def _format(table: Mapping[str, Any], where: str) -> Format:
@@ -279,14 +298,14 @@ def _format(table: Mapping[str, Any], where: str) -> Format:
     return formats.load(str(table.get("format", "")), options, where)
 
 
-def _candidates(table: Mapping[str, Any], where: str) -> tuple[Format, ...]:
+def _candidates(table: Mapping[str, Any], where: str, deployable: bool) -> tuple[Format, ...]:
     """Returns the formats to choose from: `auto`, or `fp` without its split, of so many bits; none if one is named."""
     name = str(table.get("format", ""))
     if name != "auto" and (name != "fp" or "bits" not in table):
         return ()
     if extra := {"exponent_bits", "mantissa_bits"} & table.keys():
         raise UserError(f"{where}: says bits, which leaves the split open, and {min(extra)}", fix="drop one of them")
-    return formats.of_bits(name, _integer(table, "bits", where, default=0, least=2), where)
+    return formats.of_bits(name, _integer(table, "bits", where, default=0, least=2), where, deployable)
 
 
 def _method(table: Any, where: str) -> MethodSpec:

@@ -28,7 +28,6 @@ from exporter.models import Family
 from exporter.runners import TorchRunner
 
 CHUNK = 64  # rows of a file; a training batch is drawn from one of them
-HELD_BYTES = 1 << 30  # of a block's inputs and targets in memory; beyond that they are read from disk batch by batch
 
 
 class Phase(Protocol):
@@ -118,9 +117,11 @@ def _write(tensors: dict[str, torch.Tensor], path: Path, files: int) -> None:
 
 
 class Calls:
-    """One block's calls, inputs and targets, chunk by chunk: in memory while they fit, the rest on disk."""
+    """One block's calls, inputs and targets, by chunks: `hold` bytes in memory, the rest read from disk batchwise."""
 
-    def __init__(self, model: nn.Module, family: Family, block: str, samples: Samples, folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, block: str, samples: Samples, folder: Path, *, hold: int
+    ) -> None:
         self._chunks: list[dict[str, torch.Tensor] | Path] = []
         self._constants: list[Any] = []
         self._spec: Any = None
@@ -133,7 +134,7 @@ class Calls:
             targets = load_file(folder / block / f"target-{number:05d}.safetensors")
             tensors |= {f"out{name}": target for name, target in targets.items()}
             held += sum(tensor.nbytes for tensor in tensors.values())
-            if held > HELD_BYTES:
+            if held > hold:
                 path = folder / block / f"call-{number:05d}.safetensors"
                 save_tensors(tensors, path)
                 self._chunks.append(path)
@@ -225,7 +226,7 @@ def train_block(block: nn.Module, calls: Calls, phases: Sequence[Phase], batch: 
 
 def _iterate(block: nn.Module, calls: Calls, phase: Phase, batch: int, what: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(phase.parameters(), lr=phase.rate)
+    optimizer = torch.optim.Adam(phase.parameters(), lr=phase.rate, fused=True)
     for iteration in progress.track(range(phase.iterations), phase.iterations, what):
         loss = relative_error(block, calls.batch(batch, generator))
         loss = loss + phase.regularizer(iteration / phase.iterations)

@@ -18,7 +18,7 @@ from exporter import bench, damage, progress, quantized
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
 from exporter.layers import compare_layers
-from exporter.lower import DTYPES, lower
+from exporter.lower import DTYPES, check_deployable, lower
 from exporter.quantize import layer_specs, quantize
 from exporter.recipe import Recipe
 from exporter.validate import Run, validate
@@ -134,7 +134,9 @@ def _target(name: str, gpu: str | None, dtype: str | None) -> Target:
 
 def preflight(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target]) -> None:
     """Refuses now what a later stage would refuse after minutes or hours."""
-    kinds = {path: spec.engine_types for path, spec in layer_specs(checkpoint, recipe).items()}
+    specs = layer_specs(checkpoint, recipe)
+    check_deployable({path: spec.to_json() for path, spec in specs.items()}, f"recipe {recipe.name!r}")
+    kinds = {path: spec.engine_types for path, spec in specs.items()}
     for target in targets:
         backends.load(target.backend).check(kinds, target.gpu)
 

@@ -79,12 +79,12 @@ def load(name: str, options: Mapping[str, Any], where: str) -> Format:
         raise UserError(f"{where}: {error.what}", fix=error.fix) from error
 
 
-def of_bits(name: str, bits: Any, where: str) -> tuple[Format, ...]:
-    """Returns every format of `bits` bits that the file `name` makes; `auto` is all files."""
+def of_bits(name: str, bits: Any, where: str, deployable: bool = True) -> tuple[Format, ...]:
+    """Returns every format of `bits` bits that the file `name` makes, for engines or for study; `auto` is all files."""
     if name != "auto" and name not in names():
         raise unknown("format", name, (*names(), "auto"), where)
     modules = [importlib.import_module(f"exporter.formats.{n}") for n in (names() if name == "auto" else (name,))]
     try:
-        return tuple(found for module in modules for found in module.of_bits(bits))
+        return tuple(found for module in modules for found in module.of_bits(bits, deployable))
     except UserError as error:
         raise UserError(f"{where}: {error.what}", fix=error.fix) from error

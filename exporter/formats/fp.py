@@ -16,11 +16,18 @@ NATIVE = {
     (5, 2): (torch.float8_e5m2, "FLOAT8E5M2", 0x7C),  # as IEEE: 0x7C is infinity, above it NaN
 }
 
+# The exponent's bits of a float type, the integer type that shows them, and how many places its mantissa has.
+_LAYOUT = {
+    torch.float32: (0x7F800000, torch.int32, 23),
+    torch.float64: (0x7FF0000000000000, torch.int64, 52),
+}
+
 
 @dataclass(frozen=True)
 class Format:
-    """Values (−1)^s · 2^(e−bias) · 1.m, subnormals at e = 0, bias 2^(E−1)−1.
+    """Values (−1)^s · 2^(e−bias) · 1.m, subnormals at e = 0, bias 2^(E−1)−1; with 6 or 7 exponent bits 2^E−17.
 
+    That keeps the largest value below 2^16, so that fp16 holds the scales of these too: a scale moves any bias.
     Every code of a split other than E4M3 and E5M2 is a number: there are no infinities and no NaN, as in OCP's
     E2M1 and E3M2. A code is sign, exponent, mantissa from the highest bit down.
     """
@@ -41,7 +48,9 @@ class Format:
 
     @property
     def bias(self) -> int:
-        return int(2 ** (self.exponent_bits - 1)) - 1
+        return max(
+            int(2 ** (self.exponent_bits - 1)) - 1, int(2**self.exponent_bits) - 17 if self.exponent_bits > 5 else 0
+        )
 
     @property
     def carrier(self) -> torch.dtype:
@@ -114,20 +123,21 @@ class Format:
     def round(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype in (torch.float16, torch.bfloat16):  # E6 and E5M0 reach beyond fp16
             return self.round(x.float()).to(x.dtype)
-        # frexp is exact where log2-then-floor is not: facts.md section 5.
+        # x + m − m rounds to the last place of m, ties to even: m is 1.5 · 2^23 (2^52 in fp64) steps of x's binade. Any
+        # logarithm would be off for some x: facts.md section 5.
+        exponent_bits, integers, places = _LAYOUT[x.dtype]
         x = x.clamp(-self.max_value, self.max_value)
-        _, exponent = torch.frexp(x)
-        lowest = 1 - self.bias
-        step = torch.ldexp(torch.ones_like(x), (exponent - 1).clamp_(min=lowest) - self.mantissa_bits)
-        units = x / step
-        rounded = units.round()
+        binade = (x.view(integers) & exponent_bits).view(x.dtype).clamp_(min=2.0 ** (1 - self.bias))
+        magic = binade * (1.5 * 2.0 ** (places - self.mantissa_bits))
+        rounded = (x + magic).sub_(magic)
         if self.mantissa_bits == 0:  # codes are exponents: 1.5 units lie between codes e and e + 1, and ties go to even
-            even = ((exponent - 1).clamp(min=lowest) + self.bias) % 2 == 0
-            rounded = torch.where((units.abs() == 1.5) & even, units.sign(), rounded)
-        return rounded.mul_(step).clamp_(-self.max_value, self.max_value)
+            _, exponent = torch.frexp(binade)
+            tie = (x.abs() == 1.5 * binade) & ((exponent - 1 + self.bias) % 2 == 0)
+            rounded = torch.where(tie, binade.copysign(x), rounded)
+        return rounded.clamp_(-self.max_value, self.max_value).copysign_(x)
 
 
-def of_bits(bits: int) -> list[Format]:
-    """Returns every split of as many bits but E5M2: TensorRT takes no weights of it."""
+def of_bits(bits: int, deployable: bool = True) -> list[Format]:
+    """Returns every split of as many bits; for engines all but E5M2, of which TensorRT takes no weights."""
     splits = [(exponent, bits - 1 - exponent) for exponent in range(1, bits)]
-    return [Format(*split) for split in splits if split != (5, 2)]
+    return [Format(*split) for split in splits if split != (5, 2) or not deployable]

@@ -59,6 +59,6 @@ class Format:
         return x.round().clamp_(-self.max_value - 1, self.max_value)  # torch.round: ties to even, as ONNX
 
 
-def of_bits(bits: object) -> list[Format]:
+def of_bits(bits: object, deployable: object = True) -> list[Format]:
     """Returns every format of the file with as many bits."""
     return [Format(bits)]  # type: ignore[arg-type]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engines import artifacts
 from engines.artifacts import Artifact, Json, Request
-from engines.errors import unknown
+from engines.errors import UserError, unknown
 from exporter.versions import versions
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ EXTERNAL_BYTES = 256 << 20  # weights beyond this go beside the graph: protobuf 
 def lower(source: Artifact, out: Path, *, dtype: str = "fp32") -> Artifact:
     """Lowers a quantized model to a graph whose float type is `dtype`."""
     check_dtype(dtype)
+    check_deployable(source.info["layers"], str(source.path))
     libraries = versions("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
     request = Request("graph", {"quantized": source.digest}, {"dtype": dtype}, libraries)
     if (made := artifacts.current(out, request)) is not None:
@@ -41,6 +42,17 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32") -> Artifact:
         link_or_copy(source.file(quantized.REFERENCE), draft.path / quantized.REFERENCE)
         draft.info = _info(source, dtype, found)
     return artifacts.open_artifact(out, "graph")
+
+
+def check_deployable(layers: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError if some layer is simulated; `layers` is what a Quantized artifact's manifest says of them."""
+    simulated = [path for path, layer in layers.items() if not layer["deployable"]]
+    if simulated:
+        raise UserError(
+            f"{where}: {len(simulated)} layers are simulated (deployable = false), {simulated[0]!r} the first: "
+            "no graph holds them",
+            fix="study them in PyTorch, or drop deployable = false from the recipe and quantize again",
+        )
 
 
 def check_dtype(dtype: str) -> None:

@@ -56,7 +56,7 @@ class Method(Protocol):
 class Trained(Method, Protocol):
     """A method that trains a block's layers together (`exporter.reconstruct`), from what `quantize_weight` gives.
 
-    Its Options have `rows`, of the calibration set, and `batch`.
+    Its Options have `rows`, of the calibration set, `batch`, and `hold_mb`: what of a block is kept in memory.
     """
 
     def layer(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ class Options:
     `iterations` of the rounding at `rate`, then `activation_iterations` of the activations' scales, of whose logarithm
     `activation_rate` is. `regularizer` is λ, none in the first share `warmup`; it weighs a mean over weights beside a
     relative error, so it is not the papers' 0.01. `scale_aware`: logits in units of each weight's own step, so that
-    they move alike in every binade.
+    they move alike in every binade. Of a block's inputs and targets `hold_mb` are in memory, the rest on disk.
     """
 
     output: bool = True
@@ -50,9 +51,10 @@ class Options:
     regularizer: float = 0.1
     warmup: float = 0.2
     scale_aware: bool = True
+    hold_mb: int = 1024
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 1), ("batch", 1), ("rows", 1), ("activation_iterations", 0)):
+        for name, least in (("iterations", 1), ("batch", 1), ("rows", 1), ("activation_iterations", 0), ("hold_mb", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UserError(f"fp_rounding: {name} = {value}", fix=f"write a whole number, at least {least}")
@@ -80,11 +82,36 @@ def neighbours(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return low, high
 
 
+class _StraightThrough(torch.autograd.Function):
+    """Rounds to scale · format: x has the gradient 1 inside the range and 0 beyond, the scale that of LSQ.
+
+    Source: Esser et al., arXiv 1902.08153, equation 3, for any format: ∂/∂s = q − x/s inside, q beyond.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
+        units = x / scale
+        values = fmt.round(units)
+        inside = units.abs() <= fmt.max_value
+        error = torch.where(inside, values - units, values) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(inside, error)
+        return values.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inside, error = ctx.saved_tensors
+        (gradient,) = gradients
+        to_x = gradient * inside if ctx.needs_input_grad[0] else None
+        return to_x, None if error is None else (gradient * error).sum(), None
+
+
 class RoundedLayer(QuantizedLayer):
     """A layer that rounds softly while it trains: (low + (high − low) h) · scale, h = clip(1.2 σ(logits) − 0.1, 0, 1).
 
-    `hard` rounds as the codes will: up where h ≥ ½. Untrained, that is to the nearest.
+    `hard` rounds as the codes will: up where h ≥ ½. Untrained, that is to the nearest. `soft`: h of the last soft call.
     """
+
+    soft: torch.Tensor
 
     def __init__(
         self, source: FloatLayer, spec: LayerSpec, tensor: QuantizedTensor, scale: torch.Tensor | None, options: Options
@@ -114,14 +141,14 @@ class RoundedLayer(QuantizedLayer):
         return (STRETCH * (self.logits / self._unit).sigmoid() - SHIFT).clamp(0, 1)
 
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
-        up = (self.rounding() >= 0.5).to(dtype) if self.hard else self.rounding()
-        return (self._low + self._step * up) * self._spread
+        if self.hard:
+            return (self._low + self._step * (self.rounding() >= 0.5)) * self._spread
+        self.soft = self.rounding()
+        return (self._low + self._step * self.soft) * self._spread
 
     def _quantized_input(self, x: torch.Tensor, fmt: Format) -> torch.Tensor:
-        """Rounds straight-through; outside the range the scale alone has a gradient. Source: LSQ, arXiv 1902.08153."""
-        scale = self.log_scale.exp()
-        inside = (x / scale).clamp(-fmt.max_value, fmt.max_value)
-        return (inside + (fmt.round(inside) - inside).detach()) * scale
+        found: torch.Tensor = _StraightThrough.apply(x, self.log_scale.exp(), fmt)  # type: ignore[no-untyped-call]
+        return found
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns what a quantized layer holds of it: codes, and scales that fp16 holds."""
@@ -164,7 +191,7 @@ class _Roundings:
         if done < warmup:
             return 0.0
         beta = BETA[0] + (BETA[1] - BETA[0]) * (done - warmup) / (1 - warmup)
-        sums = [(1 - (2 * one.rounding() - 1).abs().pow(beta))[one.free].sum() for one in self._layers]
+        sums = [((1 - (2 * one.soft - 1).abs().pow(beta)) * one.free).sum() for one in self._layers]
         return self._options.regularizer * torch.stack(sums).sum() / self._count
 
     def train(self, training: bool) -> None:

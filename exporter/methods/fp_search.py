@@ -15,7 +15,7 @@ from exporter.formats import Format
 from exporter.methods import rtn
 from exporter.observers import CLIPS
 from exporter.recipe import WeightSpec
-from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for, sum_parts
+from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for, spread, sum_parts
 
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = False
@@ -60,8 +60,8 @@ def best_ranges(
     scales = torch.ones_like(largest)
     for clip in (1.0, *CLIPS.tolist()):
         scale = scale_for(largest * clip, fmt)
-        rounded = quantize(weight, scale, fmt, spec.granularity, axis, spec.block_size).dequantize()
-        error = part_errors(rounded - weight, spec, axis, moments)
+        steps = spread(scale, weight.shape, spec.granularity, axis, spec.block_size)
+        error = part_errors(fmt.round(weight / steps) * steps - weight, spec, axis, moments)
         better = error < best
         best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
     return best, scales

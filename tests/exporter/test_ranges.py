@@ -67,9 +67,9 @@ def test_the_table_shows_which_steps_were_clipped():
     fp4 = {"format": "fp", "exponent_bits": 2, "mantissa_bits": 1}
     int8 = {"format": "int", "bits": 8}
     layers = {
-        "first": {"weight": fp4, "granularity": "channel", "block_size": 0, "activation": int8},
-        "second": {"weight": int8, "granularity": "block", "block_size": 64, "activation": int8},
-        "third": {"weight": int8, "granularity": "channel", "block_size": 0, "activation": None},
+        "first": {"weight": fp4, "granularity": "channel", "block_size": 0, "activation": int8, "deployable": False},
+        "second": {"weight": int8, "granularity": "block", "block_size": 64, "activation": int8, "deployable": True},
+        "third": {"weight": int8, "granularity": "channel", "block_size": 0, "activation": None, "deployable": True},
     }
     stream = io.StringIO()
     Console(file=stream, width=120).print(ranges.table(found, layers))
@@ -77,6 +77,8 @@ def test_the_table_shows_which_steps_were_clipped():
     assert "0…2 7" in first
     assert "9" in first
     assert "fp4 E2M1 per channel" in first
+    assert "int8 (simulated)" in first
+    assert "simulated" not in second
     assert "–" in second
     assert "int8 per block of 64" in second
     assert "float" in third

@@ -187,16 +187,16 @@ def test_a_killed_run_goes_on_with_the_next_block(tiny, learned, tmp_path, monke
     assert resumed.digest == learned.digest
 
 
-def test_calls_read_from_disk_are_those_held_in_memory(tiny, tmp_path, monkeypatch):
+def test_calls_read_from_disk_are_those_held_in_memory(tiny, tmp_path):
     checkpoint, calibration = tiny
     from calib_data.store import CalibrationSet
 
     model, samples = checkpoint.load(), reconstruct.Samples(CalibrationSet(calibration), 100)
     block = checkpoint.family.blocks(model)[1]
     reconstruct.record_targets(model, checkpoint.family, [block], samples, tmp_path)
-    held = reconstruct.Calls(model, checkpoint.family, block, samples, tmp_path)
-    monkeypatch.setattr(reconstruct, "HELD_BYTES", 0)
-    stored = reconstruct.Calls(model, checkpoint.family, block, samples, tmp_path)
+    held, stored = (
+        reconstruct.Calls(model, checkpoint.family, block, samples, tmp_path, hold=size) for size in (1 << 30, 0)
+    )
     assert len(list((tmp_path / block).glob("call-*"))) == 2
     module = model.get_submodule(block)
     assert held.error(module) == stored.error(module) < 1e-10  # the float block gives the float targets

@@ -1,0 +1,406 @@
+"""Compares quantization methods on models: one cell (model × setting × granularity × method) at a time.
+
+    python tools/compare_methods.py digits-dit shapes-unet --methods rtn,search,learned
+
+Every cell quantizes the model, draws images from the same noise as the float model's and writes its scores as JSON into
+--results. A cell that is there for the same model, recipe, images and seed is kept: the command goes on where it was
+stopped. All trained methods have the same iterations. Last it writes tables and plots of every cell found there, and
+puts the tables between the marks in --document.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from compare_report import write_report
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from engines.artifacts import Artifact, Json, digest_json, read_json, write_json
+from exporter import formats, methods, metrics, modules, moments, observers, quantized, recipe, tasks
+from exporter import quantize as quantizing
+from exporter.calibrate import calibrate
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.conditions import Conditions, validation_entries
+from exporter.images import SEED_OFFSET
+from exporter.memory import peak_rss_bytes
+from exporter.methods import fp_search
+from exporter.progress import note
+from exporter.recipe import Recipe, WeightSpec
+from exporter.runners import TorchRunner
+from exporter.sampling import sample
+
+IMAGES = {"digits-dit": 2000, "shapes-unet": 512}  # of other models 256
+BATCH = 32
+INT8, INT4 = {"format": "int", "bits": 8}, {"format": "int", "bits": 4}
+E4M3 = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
+E2M1 = {"format": "fp", "exponent_bits": 2, "mantissa_bits": 1}
+E1M2 = {"format": "fp", "exponent_bits": 1, "mantissa_bits": 2}
+
+
+def open_split(bits: int) -> dict[str, Any]:
+    return {"format": "fp", "bits": bits}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Formats of weights and activations, and the methods that a table holds of it."""
+
+    weight: Mapping[str, Any]
+    activation: Mapping[str, Any]
+    methods: Sequence[str] = ("rtn", "search", "learned")
+    deployable: bool = True
+
+
+SETTINGS = {
+    "int8-int8": Setting(INT8, INT8),
+    "fp8-fp8": Setting(E4M3, E4M3),
+    "int4-int8": Setting(INT4, INT8),
+    "e2m1-fp8": Setting(E2M1, E4M3),
+    "e1m2-fp8": Setting(E1M2, E4M3, ("search",)),  # the integers −7 … 7
+    "auto-fp8": Setting({"format": "auto", "bits": 4}, E4M3, ("search", "learned")),
+    "any8-any8": Setting(open_split(8), open_split(8), ("search",), deployable=False),
+    "any6-any6": Setting(open_split(6), open_split(6), ("search",), deployable=False),
+    "any4-any4": Setting(open_split(4), open_split(4), ("search",), deployable=False),
+}
+METHODS = {"rtn": "rtn", "search": "fp_search", "learned": "fp_rounding"}
+GRANULARITIES = ("channel", "tensor")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table."""
+
+    model: str
+    setting: str
+    granularity: str
+    method: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}.{self.granularity}.{self.method}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all cells share."""
+
+    seed: int
+    samples: int
+    images: int
+    options: Mapping[str, Any]  # of the trained method
+    work: Path
+    threads: int
+
+
+def cells(
+    models: Sequence[str], settings: Sequence[str], granularities: Sequence[str], kinds: Sequence[str]
+) -> Iterator[Cell]:
+    """Yields the cells asked for; those for study alone are per channel."""
+    for model in models:
+        for setting in settings:
+            for granularity in granularities if SETTINGS[setting].deployable else ("channel",):
+                yield from (
+                    Cell(model, setting, granularity, kind) for kind in SETTINGS[setting].methods if kind in kinds
+                )
+
+
+def recipe_of(cell: Cell, job: Job) -> Recipe:
+    """Returns the cell's recipe: the layers that the shipped recipe of its weights' width keeps are kept in all."""
+    setting = SETTINGS[cell.setting]
+    eight = "8" in cell.setting.partition("-")[0]
+    source = recipe.load("fp8" if eight else "fp4-fp8").source
+    rule = {"layers": "*", "split_skips": True, "deployable": setting.deployable}
+    rule |= {"weight": {**setting.weight, "granularity": cell.granularity}}
+    rule |= {"activation": {**setting.activation, "observer": "mse"}}
+    rule |= {"method": {"name": METHODS[cell.method], **(job.options if cell.method == "learned" else {})}}
+    calibration = {"samples": job.samples}
+    return recipe.parse(cell.name, {"calibration": calibration, "rule": [*source["rule"][:-1], rule]})
+
+
+def request_of(cell: Cell, job: Job, checkpoint: Checkpoint) -> Json:
+    """Returns what a cell's result depends on."""
+    made = {"model": checkpoint.digest, "recipe": recipe_of(cell, job).digest}
+    return made | {"seed": job.seed, "samples": job.samples, "images": job.images}
+
+
+def calibration_of(checkpoint: Checkpoint, job: Job) -> Artifact:
+    return calibrate(checkpoint, job.work / checkpoint.name / "calibration", samples=job.samples, seed=job.seed)
+
+
+@dataclass(frozen=True)
+class References:
+    """The float model's images for a model's captions: of the noise that all cells share, and of another."""
+
+    asked: Sequence[str]
+    images: torch.Tensor
+    again: torch.Tensor
+
+
+def references(checkpoint: Checkpoint, job: Job) -> References:
+    """Draws the float model's images, or reads them where they are drawn already."""
+    conditions, indices = conditions_of(checkpoint, job)
+    key = digest_json({"model": checkpoint.digest, "images": job.images, "seed": job.seed, "asked": conditions.entries})
+    path = job.work / checkpoint.name / f"float-{key[:16]}.safetensors"
+    if not path.exists():
+        runner = TorchRunner("float", checkpoint.load(), checkpoint.family)
+        drawn = {str(seed): draw(runner, checkpoint, conditions, indices, seed) for seed in (job.seed, job.seed + 1)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(drawn, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    drawn = load_file(path)
+    return References(conditions.asked(indices), drawn[str(job.seed)], drawn[str(job.seed + 1)])
+
+
+def conditions_of(checkpoint: Checkpoint, job: Job) -> tuple[Conditions, list[int]]:
+    """Returns what images are asked to show, and their indices: none of the calibration's noise is among them."""
+    calibration = calibration_of(checkpoint, job)
+    conditions = Conditions(checkpoint, validation_entries(checkpoint, calibration.info["entries"]))
+    indices = [SEED_OFFSET + i for i in range(job.images)]
+    conditions.read(indices)
+    return conditions, indices
+
+
+def draw(
+    runner: TorchRunner, checkpoint: Checkpoint, conditions: Conditions, indices: Sequence[int], seed: int
+) -> torch.Tensor:
+    chunks = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
+    return torch.cat([sample(runner, checkpoint, conditions, chunk, seed) for chunk in chunks])
+
+
+def judge(checkpoint: Checkpoint, images: torch.Tensor, floats: References) -> Json:
+    """Returns the scores of images against the float model's from the same noise, with 95 % intervals."""
+    data_range = 2.0 if checkpoint.in_pixels else float(floats.images.max() - floats.images.min())
+    finite = images.nan_to_num()
+    psnr = metrics.bootstrap_ci95(metrics.psnr_db(floats.images, finite, data_range))
+    found: Json = {"images": len(images), "not_finite": int((~images.isfinite()).sum()), "psnr_db": _with_ci(*psnr)}
+    task = tasks.load(checkpoint.sampler["task"], checkpoint.task_net)
+    ours, theirs = (task.scores(x, floats.asked) for x in (images, floats.images))
+    found["task"] = {
+        "name": task.NAME_OF_SCORE,
+        "float": float(theirs.mean()),
+        "quantized": float(ours.mean()),
+        "lost": _with_ci(*metrics.bootstrap_ci95(theirs - ours)),
+    }
+    pair = torch.cat([task.features(x).double() for x in (floats.images, finite)], dim=1)
+    width = pair.shape[1] // 2
+    frechet = metrics.bootstrap_ci95_of(lambda both: metrics.frechet_distance(both[:, :width], both[:, width:]), pair)
+    return found | {"frechet": _with_ci(*frechet)}
+
+
+def _with_ci(value: float, interval: Sequence[float]) -> Json:
+    return {"value": value, "ci95": list(interval)}
+
+
+def compute(cell: Cell, job: Job) -> Json:
+    """Quantizes, draws and judges one cell."""
+    torch.set_num_threads(job.threads)
+    checkpoint = open_checkpoint(cell.model)
+    calibration, floats = calibration_of(checkpoint, job), references(checkpoint, job)
+    source = quantizing.quantize(checkpoint, recipe_of(cell, job), calibration, job.work / cell.model / cell.name)
+    seconds = read_json(source.path / "timings.json")["seconds"]
+    peak = peak_rss_bytes()
+    started = time.monotonic()
+    model = quantized.load(source)
+    for layer in quantized.quantized_layers(model).values():
+        layer.decode_once()
+    conditions, indices = conditions_of(checkpoint, job)
+    runner = TorchRunner("quantized", model, checkpoint.family)
+    images = draw(runner, checkpoint, conditions, indices, job.seed)
+    found = judge(checkpoint, images, floats)
+    weights = source.info["weights"]
+    layers = source.info["layers"]
+    main = [layer for layer in layers.values() if layer["activation"]]
+    return {
+        "cell": asdict(cell),
+        "request": request_of(cell, job, checkpoint),
+        "deployable": SETTINGS[cell.setting].deployable,
+        "options": dict(job.options) if cell.method == "learned" else {},
+        "bits_per_weight": weights["bits_per_weight"],
+        "by_format": weights["by_format"],
+        "weight_formats": _counted(layer["weight"] for layer in main),
+        "activation_formats": _counted(layer["activation"] for layer in main),
+        "layers": len(main),
+        **found,
+        "step_sqnr_db": step_sqnr(source),
+        "minutes": {"quantize": seconds / 60, "judge": (time.monotonic() - started) / 60, "threads": job.threads},
+        "quantize_peak_rss_bytes": peak,
+    }
+
+
+def _counted(found: Iterator[Mapping[str, Any]]) -> dict[str, int]:
+    names = [spelled(one) for one in found]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def spelled(fmt: Mapping[str, Any]) -> str:
+    return f"E{fmt['exponent_bits']}M{fmt['mantissa_bits']}" if fmt["format"] == "fp" else f"INT{fmt['bits']}"
+
+
+def step_sqnr(source: Artifact) -> float:
+    """Returns the SQNR of the denoiser's output against the float model's, dB, the mean over reference steps."""
+    reference = load_file(source.file(quantized.REFERENCE))
+    steps = quantizing.reference_steps(reference)
+    return sum(metrics.sqnr_db(reference[f"{s}/float"], reference[f"{s}/quantized"]) for s in steps) / len(steps)
+
+
+def float_row(model: str, job: Job) -> Json:
+    """Judges the float model against itself from another noise: what a score cannot tell apart."""
+    torch.set_num_threads(job.threads)
+    checkpoint = open_checkpoint(model)
+    floats = references(checkpoint, job)
+    parameters = quantizing.checkpoint_parameters(checkpoint)
+    return {"model": model, "parameters": parameters, "other_noise": judge(checkpoint, floats.again, floats)}
+
+
+def grids(model: str, job: Job) -> Json:
+    """Compares number grids layer by layer: each weight's least output error on every 4- and 8-bit grid, its kurtosis
+    beside it, and each input's least error in INT8 and E4M3.
+    """
+    torch.set_num_threads(job.threads)
+    checkpoint = open_checkpoint(model)
+    calibration = calibration_of(checkpoint, job)
+    asked = recipe_of(Cell(model, "auto-fp8", "channel", "search"), job)
+    data = quantizing.CalibrationSet(calibration)
+    net, family = checkpoint.load(), checkpoint.family
+    plan = quantizing.plan_layers(net, family, asked)
+    paths = [path for path, spec in plan.specs.items() if spec.activation]
+    rows = {path: {"layer": path, **weight_tails(modules.float_layer(net, path))} for path in paths}
+    for group in moments.groups(net, [path for path in paths if moments.width(net, path)]):
+        seen = moments.Moments(net, group)
+        quantizing.watch_inputs(net, family, group, data, seen.see, "inputs' second moments")
+        for path in group:
+            rows[path] |= grid_errors(modules.float_layer(net, path), plan.specs[path], seen.mean(path))
+    for path, row in input_errors(net, family, paths, data).items():
+        rows[path] |= row
+    return {"model": model, "samples": job.samples, "layers": list(rows.values())}
+
+
+def weight_tails(layer: modules.FloatLayer) -> Json:
+    """Returns the kurtosis (3 for a normal distribution) of a weight as a whole, and the mean of its channels' own."""
+    weight = layer.weight.detach().double().flatten(1)
+    return {"kurtosis": {"tensor": kurtosis(weight.flatten()[None]), "channel": kurtosis(weight)}}
+
+
+def kurtosis(rows: torch.Tensor) -> float:
+    """Returns E[(x − E x)⁴] / E[(x − E x)²]² of rows [n, values], averaged; constant rows count for nothing."""
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    second, fourth = centred.square().mean(dim=1), centred.pow(4).mean(dim=1)
+    live = second > 0
+    return float((fourth[live] / second[live].square()).mean()) if live.any() else math.nan
+
+
+GRIDS = {"int4": ("int", {"bits": 4}), "int8": ("int", {"bits": 8})} | {
+    f"e{e}m{m}": ("fp", {"exponent_bits": e, "mantissa_bits": m}) for e, m in ((1, 2), (2, 1), (3, 0), (4, 3))
+}
+
+
+def grid_errors(layer: modules.FloatLayer, spec: modules.LayerSpec, second: torch.Tensor) -> Json:
+    """Returns the output's SQNR, dB, of the weight's best ranges on every grid."""
+    found: Json = {"weight_db": {}}
+    for granularity in GRANULARITIES:
+        of = replace(spec, granularity=granularity)
+        weight, axis = modules.oriented(layer, of), modules.channel_axis(layer, of)
+        signal = float(fp_search.part_errors(weight, WeightSpec(spec.weight, "tensor"), axis, second))
+        errors = {}
+        for name, (kind, options) in GRIDS.items():
+            fmt = formats.load(kind, options, name)
+            error, _ = fp_search.best_ranges(weight, WeightSpec(fmt, granularity), fmt, axis, second)
+            errors[name] = 10 * math.log10(signal / max(float(error.sum()), 1e-300))
+        found["weight_db"][granularity] = errors
+    return found
+
+
+def input_errors(net: nn.Module, family: Any, paths: Sequence[str], data: Any) -> dict[str, Json]:
+    """Returns each input's SQNR, dB, at its best static range in INT8 and in E4M3, and its kurtosis about zero."""
+    seen = {path: observers.Mse() for path in paths}
+    quantizing.watch_inputs(net, family, paths, data, lambda path, x, steps: seen[path].update(x), "inputs")
+    found = {}
+    for path, observer in seen.items():
+        histogram = observer.histogram
+        counts, values = histogram.counts, histogram.means
+        second, fourth = ((counts * values.pow(power)).sum() for power in (2, 4))
+        signal, errors = float(second), {}
+        for name in ("int8", "e4m3"):
+            kind, options = GRIDS[name]
+            errors[name] = 10 * math.log10(signal / max(observer.fit(formats.load(kind, options, name))[1], 1e-300))
+        tails = float(fourth * counts.sum() / second.square())
+        found[path] = {"input_db": errors, "input_kurtosis": tails}
+    return found
+
+
+def _names(known: Sequence[str]) -> Any:
+    def parse(_context: click.Context, _parameter: click.Parameter, value: str) -> list[str]:
+        names = value.split(",") if value else list(known)
+        if wrong := [name for name in names if name not in known]:
+            raise click.BadParameter(f"{wrong[0]!r} is none of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--methods", "kinds", callback=_names(list(METHODS)), help=f"[default: {','.join(METHODS)}]")
+@click.option("--settings", callback=_names(list(SETTINGS)), help=f"[default: {','.join(SETTINGS)}]")
+@click.option("--granularities", callback=_names(GRANULARITIES), help=f"[default: {','.join(GRANULARITIES)}]")
+@click.option("--iterations", type=click.IntRange(min=1), help="of every trained method, per block (default: its own)")
+@click.option("--images", type=click.IntRange(min=16), help=f"per cell [default: {IMAGES}, else 256]")
+@click.option("--samples", default=64, show_default=True, help="trajectories to calibrate on")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--jobs", default=1, show_default=True, help="cells at a time, each with its share of the cores")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), default=Path("docs/methods"), show_default=True)
+@click.option("--document", type=click.Path(path_type=Path), default=Path("docs/methods.md"), show_default=True)
+def main(
+    models: tuple[str, ...], kinds: list[str], settings: list[str], granularities: list[str], iterations: int | None,
+    images: int | None, samples: int, seed: int, jobs: int, work: Path, results: Path, document: Path,
+) -> None:  # fmt: skip
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    options = {"iterations": iterations} if iterations else {}
+    methods.options("fp_rounding", options, "--iterations")
+    todo: list[tuple[Path, Any, tuple[Any, ...]]] = []
+    for model in models:
+        job = Job(seed, samples, images or IMAGES.get(model, 256), options, work, threads)
+        checkpoint = open_checkpoint(model)
+        references(checkpoint, job)
+        for name, function in (("float", float_row), ("grids", grids)):
+            path = results / model / f"{name}.json"
+            if not path.exists():
+                todo.append((path, function, (model, job)))
+        for cell in cells([model], settings, granularities, kinds):
+            path = results / model / f"{cell.name}.json"
+            if not path.exists() or read_json(path)["request"] != request_of(cell, job, checkpoint):
+                todo.append((path, compute, (cell, job)))
+    note(f"{len(todo)} cells to compute")
+    run(todo, jobs)
+    write_report(results, document)
+
+
+def run(todo: Sequence[tuple[Path, Any, tuple[Any, ...]]], jobs: int) -> None:
+    """Computes cells, each in a process of its own, whose peak memory is the cell's; writes each when it is done."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(function, *arguments): path for path, function, arguments in todo}
+        started = time.monotonic()
+        for number, future in enumerate(as_completed(futures), 1):
+            path = futures[future]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, future.result())
+            spent = time.monotonic() - started
+            left = spent / number * (len(futures) - number)
+            note(f"{number} of {len(futures)}: {path}, {spent / 60:.1f} minutes, about {left / 60:.0f} left")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Turns the cells of `compare_methods` into tables, claims and plots."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from engines.artifacts import Json, read_json
+
+BEGIN, END = "<!-- compare_methods: begin -->", "<!-- compare_methods: end -->"
+ORDER = ("rtn", "search", "learned")
+NAMES = {
+    "int8-int8": "INT8 / INT8",
+    "fp8-fp8": "FP8 / FP8 (E4M3)",
+    "int4-int8": "INT4 / INT8",
+    "e2m1-fp8": "FP4 (E2M1) / FP8",
+    "e1m2-fp8": "FP4 (E1M2, the integers) / FP8",
+    "auto-fp8": "auto 4 bit / FP8",
+    "any8-any8": "any 8-bit split / any",
+    "any6-any6": "any 6-bit split / any",
+    "any4-any4": "any 4-bit split / any",
+}
+MARKERS = {"rtn": "o", "search": "s", "learned": "^", "peer": "x"}
+
+
+def write_report(results: Path, document: Path) -> None:
+    """Writes the tables between the document's marks, and a plot of each model beside its cells."""
+    models = sorted(folder for folder in results.iterdir() if folder.is_dir())
+    parts = []
+    for folder in models:
+        found = read_cells(folder)
+        parts.append(section(folder.name, found))
+        plot(folder.name, found, folder / "psnr.png")
+        if (grids := folder / "grids.json").exists():
+            plot_grids(folder.name, read_json(grids), folder / "grids.png")
+    text = document.read_text(encoding="utf-8") if document.exists() else f"{BEGIN}\n{END}\n"
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    document.write_text(f"{before}{BEGIN}\n" + "\n".join(parts) + f"{END}{after}", encoding="utf-8")
+
+
+def read_cells(folder: Path) -> dict[str, Json]:
+    """Returns the cells of a model by name, `float` and `grids` among them."""
+    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+
+
+def rows_of(found: Mapping[str, Json]) -> list[Json]:
+    """Returns the cells that are rows, in the table's order, peers last."""
+    rows = [cell for cell in found.values() if "cell" in cell]
+    granularities, settings = ["channel", "tensor"], list(NAMES)
+
+    def place(row: Json) -> tuple[int, ...]:
+        cell = row["cell"]
+        if cell["method"] not in ORDER:
+            return (9, 0, 0)
+        return granularities.index(cell["granularity"]), settings.index(cell["setting"]), ORDER.index(cell["method"])
+
+    return sorted(rows, key=place)
+
+
+def section(model: str, found: Mapping[str, Json]) -> str:
+    """Returns a model's part of the document, in Markdown."""
+    lines = [f"### {model}", "", *table(found), ""]
+    lines += [f"![PSNR against bits per weight, {model}](methods/{model}/psnr.png)", ""]
+    lines += ["**Held against the bars.**", "", *(f"- {claim}" for claim in claims(found)), ""]
+    if "grids" in found:
+        lines += ["**Which grid suits which layer.**", "", *grid_lines(found["grids"])]
+        lines += ["", f"![kurtosis against the float grid's gain, {model}](methods/{model}/grids.png)", ""]
+    return "\n".join(lines) + "\n"
+
+
+def table(found: Mapping[str, Json]) -> list[str]:
+    head = [
+        "weights / activations",
+        "ranges",
+        "method",
+        "bits per weight",
+        "PSNR, dB (95 %)",
+        "task score lost, points (95 %)",
+    ]
+    head += ["Fréchet distance (95 %)", "SQNR per step, dB", "images", "minutes", "peak memory"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    if "float" in found:
+        other, task = found["float"]["other_noise"], found["float"]["other_noise"]["task"]
+        lines.append(
+            f"| FP32, another noise | | | 32 | {interval(other['psnr_db'], 1)} | {interval(task['lost'], 2, 100)} | "
+            f"{interval(other['frechet'], 3)} | | {other['images']} | | |"
+        )
+    lines += [f"| {' | '.join(cells_of(row))} |" for row in rows_of(found)]
+    if "float" in found:
+        lines += ["", f"{task['name']} of the float model: {100 * task['float']:.1f} %."]
+    return lines
+
+
+def cells_of(row: Json) -> list[str]:
+    cell, minutes, peak = row["cell"], row.get("minutes"), row.get("quantize_peak_rss_bytes")
+    simulated = "" if row.get("deployable", True) else " (simulated)"
+    return [
+        NAMES.get(cell["setting"], cell["setting"]) + simulated,
+        cell["granularity"],
+        cell["method"],
+        f"{row['bits_per_weight']:.2f}" if row.get("bits_per_weight") else "",
+        interval(row["psnr_db"], 1),
+        interval(row["task"]["lost"], 2, 100),
+        interval(row["frechet"], 3),
+        f"{row['step_sqnr_db']:.1f}" if row.get("step_sqnr_db") else "",
+        str(row["images"]),
+        f"{minutes['quantize']:.1f}" if minutes else "",
+        f"{peak / 1e9:.1f} GB" if peak else "",
+    ]
+
+
+def interval(score: Json, digits: int, factor: float = 1.0) -> str:
+    value, (low, high) = factor * score["value"], (factor * end for end in score["ci95"])
+    return f"{value:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
+
+
+def claims(found: Mapping[str, Json]) -> list[str]:
+    """Returns what the issue of learned rounding asks, each line with its figures and whether it holds."""
+    told = []
+    for granularity in ("channel", "tensor"):
+        cells = {
+            name.removesuffix(f".{granularity}.{m}") + f" {m}": cell
+            for m in ORDER
+            for name, cell in found.items()
+            if name.endswith(f".{granularity}.{m}")
+        }
+        told += [f"{text} ({granularity} ranges)" for text in _claims(cells)]
+    return told
+
+
+def _claims(cells: Mapping[str, Json]) -> list[str]:
+    told = []
+    worst, ours = cells.get("int4-int8 rtn"), cells.get("fp8-fp8 learned")
+    if worst and ours:
+        lost, other = (100 * cell["task"]["lost"]["ci95"][1] for cell in (ours, worst))
+        ratio = ours["frechet"]["value"] / worst["frechet"]["value"]
+        detected = worst["frechet"]["ci95"][0] > ours["frechet"]["ci95"][1]
+        told.append(
+            f"{holds(lost <= 1 and ratio <= 0.1)}: FP8/FP8 learned loses at most {lost:.2f} points of the task score "
+            f"(upper 95 % bound; bar 1), its Fréchet distance is {100 * ratio:.1f} % of INT4/INT8 round-to-nearest's "
+            f"(bar 10 %), {ours['images']} images"
+        )
+        told.append(
+            f"{holds(detected)}: the same test detects INT4/INT8 round-to-nearest: the Fréchet intervals are "
+            f"{'apart' if detected else 'not apart'}; it loses at most {other:.2f} points"
+        )
+    told += [
+        _gain(cells, "auto-fp8 learned", "e2m1-fp8 rtn", 2.0),
+        _gain(cells, "e2m1-fp8 learned", "e2m1-fp8 rtn", 2.0),
+        _gain(cells, "auto-fp8 learned", "int4-int8 rtn", 0.0),
+        _gain(cells, "auto-fp8 search", "e2m1-fp8 search", -0.0),
+        _gain(cells, "auto-fp8 search", "e1m2-fp8 search", -0.0),
+    ]
+    for method in ORDER:
+        for eight in (True, False):
+            fp, integer = ("fp8-fp8", "int8-int8") if eight else ("e2m1-fp8", "int4-int8")
+            told.append(_against(cells, f"{fp} {method}", f"{integer} {method}"))
+    return [line for line in told if line]
+
+
+def _gain(cells: Mapping[str, Json], ours: str, theirs: str, bar: float) -> str:
+    if ours not in cells or theirs not in cells:
+        return ""
+    a, b = cells[ours]["psnr_db"], cells[theirs]["psnr_db"]
+    gain = a["value"] - b["value"]
+    return (
+        f"{holds(gain >= bar)}: {ours} against {theirs}: {gain:+.2f} dB PSNR (bar {bar:g}), the intervals {apart(a, b)}"
+    )
+
+
+def _against(cells: Mapping[str, Json], fp: str, integer: str) -> str:
+    if fp not in cells or integer not in cells:
+        return ""
+    a, b = cells[fp]["psnr_db"], cells[integer]["psnr_db"]
+    who = "floating point" if a["value"] > b["value"] else "integers"
+    return f"{fp} against {integer}: {a['value'] - b['value']:+.2f} dB PSNR, {who} ahead, the intervals {apart(a, b)}"
+
+
+def holds(value: bool) -> str:
+    return "holds" if value else "**does not hold**"
+
+
+def apart(a: Json, b: Json) -> str:
+    separate = a["ci95"][0] > b["ci95"][1] or b["ci95"][0] > a["ci95"][1]
+    return "apart" if separate else "overlap"
+
+
+def advantages(grids: Json, granularity: str) -> list[tuple[float, float]]:
+    """Returns per layer the kurtosis of its weight and what E2M1 has over the integers −7 … 7, dB."""
+    rows = [row for row in grids["layers"] if "weight_db" in row and math.isfinite(row["kurtosis"][granularity])]
+    errors = [row["weight_db"][granularity] for row in rows]
+    return [(row["kurtosis"][granularity], e["e2m1"] - e["e1m2"]) for row, e in zip(rows, errors, strict=True)]
+
+
+def grid_lines(grids: Json) -> list[str]:
+    """Returns on how many layers each 4-bit grid wins, and how that goes with the tails."""
+    lines = []
+    for granularity in ("channel", "tensor"):
+        rows = [row for row in grids["layers"] if "weight_db" in row]
+        winners: dict[str, list[float]] = {}
+        for row in rows:
+            errors = {name: row["weight_db"][granularity][name] for name in ("e1m2", "e2m1", "e3m0")}
+            winners.setdefault(max(errors, key=lambda name: errors[name]), []).append(row["kurtosis"][granularity])
+        won = ", ".join(
+            f"{name.upper()} in {len(k)} (median kurtosis {statistics.median(k):.1f})"
+            for name, k in sorted(winners.items())
+        )
+        pairs = advantages(grids, granularity)
+        rank = spearmanr([k for k, _ in pairs], [gain for _, gain in pairs])
+        gains = sorted(gain for _, gain in pairs)
+        spread = (
+            f"{gains[0]:+.2f} … {gains[-1]:+.2f} dB over the integers −7 … 7 (median {statistics.median(gains):+.2f})"
+        )
+        lines.append(
+            f"- 4-bit weights, {granularity} ranges, by the output's error, {len(rows)} layers: {won}. "
+            f"E2M1 has {spread}; rank correlation with the kurtosis {rank.statistic:.2f} (p = {rank.pvalue:.1g})"
+        )
+    inputs = [row for row in grids["layers"] if "input_db" in row]
+    gains = [row["input_db"]["e4m3"] - row["input_db"]["int8"] for row in inputs]
+    rank = spearmanr([row["input_kurtosis"] for row in inputs], gains)
+    lines.append(
+        f"- 8-bit inputs, one static range: E4M3 ahead of INT8 in {sum(g > 0 for g in gains)} of {len(inputs)} layers, "
+        f"{min(gains):+.1f} … {max(gains):+.1f} dB (median {statistics.median(gains):+.1f}); rank correlation with the "
+        f"kurtosis {rank.statistic:.2f} (p = {rank.pvalue:.1g})"
+    )
+    best = sorted(
+        ((row, row["weight_db"]["channel"]) for row in grids["layers"] if "weight_db" in row),
+        key=lambda r: r[1]["e2m1"] - r[1]["e1m2"],
+    )
+    lines += [
+        "",
+        "| layer | kurtosis: weight, its channels, input | E2M1 over integers, dB: channel, tensor | "
+        "E4M3 over INT8, input, dB |",
+        "|---|---|---|---|",
+    ]
+    shown = best if len(best) <= 12 else [*best[:6], *best[-6:]]
+    for row, errors in shown:
+        whole = row["weight_db"]["tensor"]
+        tails = f"{row['kurtosis']['tensor']:.1f}, {row['kurtosis']['channel']:.1f}, {row['input_kurtosis']:.1f}"
+        gained = f"{errors['e2m1'] - errors['e1m2']:+.2f}, {whole['e2m1'] - whole['e1m2']:+.2f}"
+        inputs_gained = f"{row['input_db']['e4m3'] - row['input_db']['int8']:+.1f}"
+        lines.append(f"| `{row['layer']}` | {tails} | {gained} | {inputs_gained} |")
+    lines += ["", f"(The {len(shown)} layers at the two ends; all are in `grids.json`.)"]
+    return lines
+
+
+def plot(model: str, found: Mapping[str, Json], path: Path) -> None:
+    """Draws PSNR over bits per weight, a mark for each method, with 95 % intervals."""
+    figure, axes = _figure()
+    colours: dict[str, str] = {}
+    for row in rows_of(found):
+        cell = row["cell"]
+        if not row.get("bits_per_weight"):
+            continue
+        label = NAMES.get(cell["setting"], cell["setting"])
+        colour = colours.setdefault(label, f"C{len(colours) % 10}")
+        low, high = row["psnr_db"]["ci95"]
+        value, bits = row["psnr_db"]["value"], row["bits_per_weight"]
+        filled = colour if cell["granularity"] == "channel" else "none"
+        axes.errorbar(
+            bits, value, yerr=[[value - low], [high - value]], marker=MARKERS.get(cell["method"], "x"), color=colour,
+            markerfacecolor=filled, label=f"{label}, {cell['granularity']}, {cell['method']}", linestyle="none",
+        )  # fmt: skip
+    axes.set(
+        title=f"{model}: images against the float model's, same noise", xlabel="bits per weight", ylabel="PSNR, dB"
+    )
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def plot_grids(model: str, grids: Json, path: Path) -> None:
+    """Draws what the float grid has over the integer grid against the kurtosis, a point for each layer."""
+    figure, axes = _figure()
+    for granularity, marker in (("channel", "o"), ("tensor", "x")):
+        pairs = advantages(grids, granularity)
+        axes.plot([k for k, _ in pairs], [gain for _, gain in pairs], marker, label=f"{granularity} ranges")
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set(
+        title=f"{model}: 4-bit weights, error of each layer's output", xlabel="kurtosis of the weight (3: normal)",
+        ylabel="E2M1 over integers −7 … 7, dB", xscale="log",
+    )  # fmt: skip
+    axes.legend()
+    _save(figure, path)
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(9, 5))
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
+    figure.clear()
