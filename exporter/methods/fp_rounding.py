@@ -42,11 +42,11 @@ class Options:
 
     output: bool = True
     vote: bool = False
-    iterations: int = 600
+    iterations: int = 300
     activation_iterations: int = 100
     batch: int = 32
     rows: int = 1024
-    rate: float = 0.05
+    rate: float = 0.2
     activation_rate: float = 1e-3
     regularizer: float = 0.1
     warmup: float = 0.2
