@@ -130,7 +130,11 @@ def recipe_of(cell: Cell, job: Job) -> Recipe:
 
 def request_of(cell: Cell, job: Job, checkpoint: Checkpoint) -> Json:
     """Returns what a cell's result depends on."""
-    made = {"model": checkpoint.digest, "recipe": recipe_of(cell, job).digest}
+    asked = recipe_of(cell, job)
+    method = asked.rules[-1].method
+    assert method is not None
+    options = asdict(method.options)  # the defaults too: they may change
+    made = {"model": checkpoint.digest, "recipe": asked.digest, "method": method.name, "options": options}
     return made | {"seed": job.seed, "samples": job.samples, "images": job.images}
 
 
@@ -225,7 +229,6 @@ def compute(cell: Cell, job: Job) -> Json:
         "cell": asdict(cell),
         "request": request_of(cell, job, checkpoint),
         "deployable": SETTINGS[cell.setting].deployable,
-        "options": dict(job.options) if cell.method == "learned" else {},
         "bits_per_weight": weights["bits_per_weight"],
         "by_format": weights["by_format"],
         "weight_formats": _counted(layer["weight"] for layer in main),

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from exporter import observers
 from exporter.formats.fp import Format as Fp
 from exporter.formats.int import Format as Int
 from exporter.observers import BINS, CLIPS, OBSERVERS, PERCENTILE
@@ -198,3 +199,24 @@ def test_small_values_after_a_large_one_leave_the_largest_in_place(name):
 def test_other_float_types_are_seen_as_their_fp32_values(name, dtype):
     x = gaussian().to(torch.bfloat16).to(torch.float16)  # exact in all of them
     assert observe(name, x.to(dtype)).range(Int(8)) == observe(name, x.float()).range(Int(8))
+
+
+@every_data
+@pytest.mark.parametrize("fmt", [Int(8), Fp(4, 3), Fp(3, 2), Fp(2, 1)], ids=str)
+def test_the_error_that_mse_reports_is_that_of_its_range(data, fmt):
+    x = DATA[data](COUNT)
+    found, error = observe("mse", x).fit(fmt)
+    # the histogram stands for its values by the means of bins 0.4 % wide
+    assert error == pytest.approx(float(squared_error(x, fmt, found)), rel=0.05)
+
+
+def test_of_a_large_tensor_a_part_is_counted_and_the_largest_value_is_that_of_all(monkeypatch):
+    monkeypatch.setattr(observers, "COUNTED", 1000)
+    x = gaussian(COUNT)
+    x[1] = 50.0  # between two of those that are counted
+    part = observe("mse", x)
+    assert 700 < part.histogram.counts.sum() <= 1000
+    assert part.histogram.largest == 50.0
+    x[1] = 0.0
+    clipped, whole = observe("percentile", x), observe("percentile", *x.split(1000))
+    assert clipped.range(Int(8)) == pytest.approx(whole.range(Int(8)), rel=0.25)  # the tail of 1,000 draws, of all

@@ -85,6 +85,19 @@ def test_logits_in_units_of_the_step_move_alike_in_every_binade():
     assert float(moved.std() / moved.mean()) < 0.2  # of h itself, not of the step
 
 
+def test_gradients_of_rounded_activations_are_those_of_lsq():
+    fmt, scale = Fp(4, 3), torch.tensor(0.02, requires_grad=True)
+    x = torch.linspace(-12, 12, 201, requires_grad=True)  # the range ends at 448 · 0.02 = 8.96
+    weights = torch.randn(201, generator=torch.Generator().manual_seed(0))
+    (fp_rounding._StraightThrough.apply(x, scale, fmt) * weights).sum().backward()
+    units = x.detach() / 0.02
+    inside = units.abs() <= 448
+    assert torch.equal(x.grad, weights * inside)
+    values = fmt.round(units)
+    assert float(scale.grad) == pytest.approx(float((weights * (values - units * inside)).sum()), rel=1e-5)
+    assert torch.equal(fp_rounding._StraightThrough.apply(x, scale, fmt), values * scale)
+
+
 class Worse:
     """A phase that does harm."""
 

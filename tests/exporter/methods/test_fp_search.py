@@ -132,6 +132,18 @@ def test_moments_are_those_of_what_each_output_sums(layer):
     assert torch.allclose(((rows @ seen.mean("a")) * rows).sum(dim=1), wanted, rtol=1e-4)
 
 
+def test_of_many_positions_of_a_convolution_a_share_is_taken(monkeypatch):
+    layer, x = nn.Conv2d(3, 4, 3, padding=1, stride=2), torch.randn(5, 3, 20, 20)
+    whole = moments._rows(layer, x)
+    assert len(whole) == 5 * 10 * 10
+    assert torch.allclose(
+        whole @ layer.weight.flatten(1).T + layer.bias, layer(x).movedim(1, -1).flatten(0, 2), atol=1e-5
+    )
+    monkeypatch.setattr(moments, "ROWS", 100)
+    part = moments._rows(layer, x)
+    assert torch.equal(part, whole[::5])
+
+
 def test_groups_of_moments_are_bounded(monkeypatch):
     model = nn.ModuleDict({name: nn.Linear(16, 4) for name in "abcde"})
     monkeypatch.setattr(moments, "GROUP_BYTES", 2 * 4 * 16**2)

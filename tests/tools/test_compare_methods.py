@@ -1,0 +1,157 @@
+"""The comparison of methods: cells that resume, intervals that hold, and a document that says what its cells say."""
+
+from __future__ import annotations
+
+import json
+
+import compare_methods
+import compare_report
+import pytest
+import torch
+from click.testing import CliRunner
+from common import ROOT
+
+from exporter.formats.fp import Format as Fp
+
+DOCUMENT = ROOT / "docs" / "methods.md"
+SMALL = ("--images", "16", "--samples", "2", "--settings", "e2m1-fp8", "--granularities", "channel")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Runs the command in this process; returns what it computed, by file name."""
+    folder = tmp_path_factory.mktemp("compared")
+    computed = []
+
+    def run(*arguments, monkeypatch):
+        computed.clear()
+
+        def here(todo, jobs):
+            for path, function, given in todo:
+                computed.append(path.stem)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found = function(*given) if function is compare_methods.compute else {"layers": []}
+                if path.stem not in ("float", "grids"):
+                    path.write_text(json.dumps(found))
+
+        monkeypatch.setattr(compare_methods, "run", here)
+        places = {"work": folder / "work", "results": folder / "results", "document": folder / "methods.md"}
+        options = [word for name, path in places.items() for word in (f"--{name}", str(path))]
+        result = CliRunner().invoke(compare_methods.main, ["digits-dit", *SMALL, *options, *arguments])
+        assert result.exit_code == 0, result.output
+        return list(computed), folder
+
+    return run
+
+
+def test_a_cell_is_computed_once_and_again_when_what_it_depends_on_changes(compared, monkeypatch):
+    first, folder = compared("--methods", "rtn", monkeypatch=monkeypatch)
+    assert "e2m1-fp8.channel.rtn" in first
+    again, _ = compared("--methods", "rtn", monkeypatch=monkeypatch)
+    assert "e2m1-fp8.channel.rtn" not in again
+    cell = json.loads((folder / "results" / "digits-dit" / "e2m1-fp8.channel.rtn.json").read_text())
+    low, high = cell["psnr_db"]["ci95"]
+    assert 20 < low <= cell["psnr_db"]["value"] <= high < 60
+    assert cell["images"] == 16
+    assert cell["weight_formats"] == {"E2M1": 42}
+    assert cell["activation_formats"] == {"E4M3": 42}
+    assert cell["minutes"]["quantize"] > 0
+    assert "| FP4 (E2M1) / FP8 | channel | rtn |" in (folder / "methods.md").read_text()
+    other, _ = compared("--methods", "rtn", "--seed", "1", monkeypatch=monkeypatch)
+    assert "e2m1-fp8.channel.rtn" in other
+
+
+def test_all_trained_methods_have_the_iterations_that_are_asked_for():
+    job = compare_methods.Job(0, 64, 16, {"iterations": 7}, None, 1)
+    trained = [cell for cell in compare_methods.cells(["m"], *everything()) if cell.method == "learned"]
+    assert len(trained) >= 10
+    assert {compare_methods.recipe_of(cell, job).rules[-1].method.options.iterations for cell in trained} == {7}
+
+
+def everything():
+    return list(compare_methods.SETTINGS), compare_methods.GRANULARITIES, list(compare_methods.METHODS)
+
+
+def test_every_cell_has_a_name_a_recipe_and_a_place_in_the_table():
+    job = compare_methods.Job(0, 64, 16, {}, None, 1)
+    found = list(compare_methods.cells(["m"], *everything()))
+    assert len({cell.name for cell in found}) == len(found)
+    for cell in found:
+        rule = compare_methods.recipe_of(cell, job).rules[-1]
+        assert rule.weight.granularity == cell.granularity
+        assert cell.setting in compare_report.NAMES
+
+
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [(torch.randn(50, 4000, generator=torch.Generator().manual_seed(0)), 3.0), (torch.rand(50, 4000), 1.8)],
+    ids=["normal", "uniform"],
+)
+def test_kurtosis_is_that_of_the_distribution(draw, expected):
+    # 4,000 values a row, 50 rows: the mean's standard error is sqrt(24 / 4000 / 50) = 0.011
+    assert compare_methods.kurtosis(draw.double()) == pytest.approx(expected, abs=0.05)
+
+
+def test_rows_without_spread_have_no_kurtosis():
+    rows = torch.stack([torch.ones(10), torch.arange(10.0)]).double()
+    assert compare_methods.kurtosis(rows) == compare_methods.kurtosis(rows[1:])
+
+
+def score(value, low, high):
+    return {"value": value, "ci95": [low, high]}
+
+
+def row(setting, method, psnr, *, lost=0.0, frechet=0.01):
+    cell = {"model": "m", "setting": setting, "granularity": "channel", "method": method}
+    scores = {"psnr_db": score(psnr, psnr - 0.5, psnr + 0.5), "frechet": score(frechet, frechet * 0.9, frechet * 1.1)}
+    task = {"name": "accuracy", "float": 1.0, "quantized": 1 - lost, "lost": score(lost, lost - 0.001, lost + 0.001)}
+    return {f"{setting}.channel.{method}": {"cell": cell, "images": 9, "bits_per_weight": 4.0, "task": task, **scores}}
+
+
+def claims(*rows):
+    found = {}
+    for one in rows:
+        found |= one
+    return compare_report.claims(found)
+
+
+def test_a_bar_that_is_missed_is_said_to_be():
+    worst = row("int4-int8", "rtn", 30.0, frechet=1.0)
+    for lost, frechet, holds in ((0.0, 0.05, True), (0.02, 0.05, False), (0.0, 0.2, False)):
+        told = claims(worst, row("fp8-fp8", "learned", 45.0, lost=lost, frechet=frechet))[0]
+        assert told.startswith("holds" if holds else "**does not hold**")
+    told = claims(row("e2m1-fp8", "rtn", 30.0), row("auto-fp8", "learned", 31.0))
+    assert told[0].startswith("**does not hold**: auto-fp8 learned against e2m1-fp8 rtn: +1.00 dB")
+
+
+def test_intervals_that_overlap_are_not_called_apart():
+    near = claims(row("e2m1-fp8", "rtn", 30.0), row("int4-int8", "rtn", 30.5))
+    far = claims(row("e2m1-fp8", "rtn", 30.0), row("int4-int8", "rtn", 32.0))
+    assert near[0].endswith("integers ahead, the intervals overlap (channel ranges)")
+    assert far[0].endswith("integers ahead, the intervals apart (channel ranges)")
+
+
+def test_the_document_says_what_the_committed_cells_say(tmp_path):
+    copy = tmp_path / "methods.md"
+    copy.write_text(DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
+    results = tmp_path / "methods"
+    for path in (ROOT / "docs" / "methods").glob("*/*.json"):
+        (results / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (results / path.parent.name / path.name).write_bytes(path.read_bytes())
+    compare_report.write_report(results, copy)
+    assert copy.read_text(encoding="utf-8") == DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_both_shipped_models_have_every_baseline_with_and_without_learning():
+    for model in ("digits-dit", "shapes-unet"):
+        found = compare_report.read_cells(ROOT / "docs" / "methods" / model)
+        for setting in ("int8-int8", "fp8-fp8", "int4-int8", "e2m1-fp8"):
+            assert {f"{setting}.channel.{m}" for m in ("rtn", "search", "learned")} <= found.keys()
+        options = {json.dumps(c["request"]["options"]) for n, c in found.items() if n.endswith(".learned")}
+        assert len(options) == 1
+
+
+def test_splits_are_spelled_as_tables_spell_them():
+    assert compare_methods.spelled({"format": "fp", "exponent_bits": 2, "mantissa_bits": 1}) == "E2M1"
+    assert compare_methods.spelled({"format": "int", "bits": 4}) == "INT4"
+    assert Fp(2, 1).kind == "fp4"
