@@ -399,7 +399,11 @@ def run(todo: Sequence[tuple[Path, Any, tuple[Any, ...]]], jobs: int) -> None:
         for number, future in enumerate(as_completed(futures), 1):
             path = futures[future]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, future.result())
+            try:
+                write_json(path, future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
             spent = time.monotonic() - started
             left = spent / number * (len(futures) - number)
             note(f"{number} of {len(futures)}: {path}, {spent / 60:.1f} minutes, about {left / 60:.0f} left")
