@@ -28,6 +28,7 @@ from exporter.models import Family
 from exporter.runners import TorchRunner
 
 CHUNK = 64  # rows of a file; a training batch is drawn from one of them
+APART = 1 / 8  # of the trajectories: phases are judged by them, since whatever trains fits what it trains on
 
 
 class Phase(Protocol):
@@ -49,24 +50,53 @@ class Phase(Protocol):
 
 
 class Samples:
-    """The calibration rows that all blocks are trained on: evenly over shards and steps, in a seeded random order."""
+    """The calibration rows for all blocks: evenly over shards and steps, in a seeded random order.
+
+    `chunks` to train on, and behind them those of trajectories that are kept apart, to judge by what was learned.
+    """
 
     def __init__(self, data: CalibrationSet, rows: int, seed: int = 0) -> None:
-        records = [(shard, step) for shard in data.shards for step in data.steps]
-        share = rows / len(records)
         generator = torch.Generator().manual_seed(seed)
-        parts = []
-        for number, (shard, step) in enumerate(records):
-            wanted = math.floor((number + 1) * share) - math.floor(number * share)
-            if wanted:
-                ((_, feeds),) = data.read(shard, [step])
-                index = torch.randperm(len(feeds["step"]), generator=generator)[:wanted]
-                parts.append({name: value[index] for name, value in feeds.items()})
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        order = torch.randperm(len(joined["step"]), generator=generator)
-        self.chunks = [
-            {name: value[order[i : i + CHUNK]] for name, value in joined.items()} for i in range(0, len(order), CHUNK)
-        ]
+        train, judge = (_Picked(rows * share, len(data), generator) for share in (1.0, APART))
+        for shard in data.shards:
+            for _, feeds in data.read(shard):
+                apart = _apart(len(feeds["step"]))
+                train.pick(feeds, (~apart).nonzero().flatten())
+                judge.pick(feeds, apart.nonzero().flatten())
+        self.chunks = train.chunks()
+        self.training = len(self.chunks)
+        self.chunks += judge.chunks()
+
+
+class _Picked:
+    """Takes an even share of the rows of every record."""
+
+    def __init__(self, rows: float, records: int, generator: torch.Generator) -> None:
+        self._share, self._generator = rows / records, generator
+        self._seen, self._parts = 0, list[dict[str, torch.Tensor]]()
+
+    def pick(self, feeds: Mapping[str, torch.Tensor], among: torch.Tensor) -> None:
+        self._seen += 1
+        wanted = math.floor(self._seen * self._share) - math.floor((self._seen - 1) * self._share)
+        if wanted and len(among):
+            index = among[torch.randperm(len(among), generator=self._generator)[:wanted]]
+            self._parts.append({name: value[index] for name, value in feeds.items()})
+
+    def chunks(self) -> list[dict[str, torch.Tensor]]:
+        if not self._parts:
+            return []
+        joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+        order = torch.randperm(len(joined["step"]), generator=self._generator)
+        return [{n: value[order[i : i + CHUNK]] for n, value in joined.items()} for i in range(0, len(order), CHUNK)]
+
+
+def _apart(rows: int) -> torch.Tensor:
+    """Returns which rows of a record are not trained on: the same at every step, and so whole trajectories.
+
+    With guidance a record's second half is of the same trajectories as its first.
+    """
+    half = max(1, rows // 2)
+    return torch.arange(rows) % half >= half - int(half * APART)
 
 
 class _Reached(Exception):
@@ -122,6 +152,7 @@ class Calls:
     def __init__(
         self, model: nn.Module, family: Family, block: str, samples: Samples, folder: Path, *, hold: int
     ) -> None:
+        self._training = samples.training
         self._chunks: list[dict[str, torch.Tensor] | Path] = []
         self._constants: list[Any] = []
         self._spec: Any = None
@@ -143,15 +174,16 @@ class Calls:
 
     def batch(self, size: int, generator: torch.Generator) -> Call:
         """Returns `size` rows of one chunk, drawn."""
-        chunk = self._read(int(torch.randint(len(self._chunks), (), generator=generator)))
+        chunk = self._read(int(torch.randint(self._training, (), generator=generator)))
         rows = len(next(iter(chunk.values())))
         index = torch.randperm(rows, generator=generator)[:size]
         return self._call({name: tensor[index] for name, tensor in chunk.items()})
 
     def error(self, block: nn.Module) -> float:
-        """Returns the relative error over all rows."""
+        """Returns the relative error over the rows kept apart; over all, where there are too few to keep any."""
+        judges = range(self._training, len(self._chunks)) or range(self._training)
         with torch.no_grad():
-            errors = [float(relative_error(block, self._call(self._read(i)))) for i in range(len(self._chunks))]
+            errors = [float(relative_error(block, self._call(self._read(i)))) for i in judges]
         return sum(errors) / len(errors)
 
     def _read(self, number: int) -> dict[str, torch.Tensor]:
@@ -209,7 +241,10 @@ def relative_error(block: nn.Module, call: Call) -> torch.Tensor:
 
 
 def train_block(block: nn.Module, calls: Calls, phases: Sequence[Phase], batch: int, what: str) -> None:
-    """Trains phase by phase; one that leaves the block's outputs farther from the float ones is taken back."""
+    """Trains phase by phase; one that leaves the block's outputs farther from the float ones is taken back.
+
+    That is judged on trajectories that were not trained on.
+    """
     for phase in phases:
         parameters = phase.parameters()
         if not parameters or not phase.iterations:

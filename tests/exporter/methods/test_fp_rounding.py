@@ -119,7 +119,7 @@ class Worse:
 def calls_of(inputs, targets):
     calls = object.__new__(reconstruct.Calls)
     _, calls._spec = torch.utils._pytree.tree_flatten(((0,), {}))
-    calls._constants, calls._chunks = [None], [{"in0": inputs, "out0": targets}]
+    calls._constants, calls._chunks, calls._training = [None], [{"in0": inputs, "out0": targets}], 1
     return calls
 
 
@@ -210,7 +210,7 @@ def test_calls_read_from_disk_are_those_held_in_memory(tiny, tmp_path):
     held, stored = (
         reconstruct.Calls(model, checkpoint.family, block, samples, tmp_path, hold=size) for size in (1 << 30, 0)
     )
-    assert len(list((tmp_path / block).glob("call-*"))) == 2
+    assert len(list((tmp_path / block).glob("call-*"))) == len(samples.chunks) == 3
     module = model.get_submodule(block)
     assert held.error(module) == stored.error(module) < 1e-10  # the float block gives the float targets
     one, other = (calls.batch(8, torch.Generator().manual_seed(3)) for calls in (held, stored))
@@ -221,12 +221,56 @@ def test_samples_are_spread_over_all_steps(tiny):
     from calib_data.store import CalibrationSet
 
     samples = reconstruct.Samples(CalibrationSet(tiny[1]), 100)
-    steps = torch.cat([chunk["step"] for chunk in samples.chunks])
+    steps = torch.cat([chunk["step"] for chunk in samples.chunks[: samples.training]])
     assert len(steps) == 100
     counts = steps.bincount()
     assert len(counts) == 4
     assert counts.max() - counts.min() <= 2  # one for each of the two shards
     assert len(set(steps[:16].tolist())) > 1  # in no order
+
+
+def test_what_judges_a_phase_is_of_trajectories_that_were_not_trained_on(tiny):
+    from calib_data.store import CalibrationSet
+
+    data = CalibrationSet(tiny[1])
+    samples = reconstruct.Samples(data, 100)
+    trajectory = {}
+    for shard in data.shards:
+        for _, feeds in data.read(shard):
+            trajectory |= {row.numpy().tobytes(): (shard, i) for i, row in enumerate(feeds["hidden_states"])}
+    seen = [{trajectory[row.numpy().tobytes()] for row in chunk["hidden_states"]} for chunk in samples.chunks]
+    trained, judged = set().union(*seen[: samples.training]), set().union(*seen[samples.training :])
+    assert len(trained) + len(judged) == len(set(trajectory.values()))
+    assert judged
+    assert not trained & judged
+
+
+def test_with_guidance_both_halves_of_a_trajectory_are_kept_apart():
+    apart = reconstruct._apart(32)
+    assert torch.equal(apart[:16], apart[16:])
+    assert int(apart.sum()) == 4
+    assert not reconstruct._apart(6).any()  # too few to keep any
+
+
+def test_a_phase_that_only_fits_what_it_trained_on_is_taken_back():
+    torch.manual_seed(0)
+    block, x, y = nn.Linear(64, 8), torch.randn(80, 64), torch.randn(80, 8)
+    before = block.weight.detach().clone()
+    calls = calls_of(x[:16], y[:16])
+    calls._chunks.append({"in0": x[16:], "out0": y[16:]})
+
+    class Fit(Worse):
+        iterations, rate = 100, 0.05
+
+        def regularizer(self, done):
+            return 0.0
+
+    alone = calls_of(x[:16], y[:16])
+    reconstruct.train_block(block, alone, [Fit(block)], 16, "test")
+    assert not torch.equal(block.weight, before)  # noise is fitted where nothing judges
+    block.weight.data.copy_(before)
+    reconstruct.train_block(block, calls, [Fit(block)], 16, "test")
+    assert torch.equal(block.weight, before)
 
 
 def test_two_trainings_in_one_block_are_refused(tiny, tmp_path):
