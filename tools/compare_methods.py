@@ -40,7 +40,10 @@ from exporter.recipe import Recipe, WeightSpec
 from exporter.runners import TorchRunner
 from exporter.sampling import sample
 
-IMAGES = {"digits-dit": 2000, "shapes-unet": 512}  # of other models 256
+# Images of every cell, and of those that the bars ask more of: a task score in points needs more than a PSNR does.
+IMAGES = {"digits-dit": (512, 2000), "shapes-unet": (256, 512)}
+OTHERS = (256, 256)
+BARRED = ("fp8-fp8.channel.learned", "int4-int8.channel.rtn")
 BATCH = 32
 INT8, INT4 = {"format": "int", "bits": 8}, {"format": "int", "bits": 4}
 E4M3 = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
@@ -98,9 +101,13 @@ class Job:
     seed: int
     samples: int
     images: int
+    barred_images: int
     options: Mapping[str, Any]  # of the trained method
     work: Path
     threads: int
+
+    def count(self, name: str) -> int:
+        return self.barred_images if name in BARRED else self.images
 
 
 def cells(
@@ -135,7 +142,7 @@ def request_of(cell: Cell, job: Job, checkpoint: Checkpoint) -> Json:
     assert method is not None
     options = asdict(method.options)  # the defaults too: they may change
     made = {"model": checkpoint.digest, "recipe": asked.digest, "method": method.name, "options": options}
-    return made | {"seed": job.seed, "samples": job.samples, "images": job.images}
+    return made | {"seed": job.seed, "samples": job.samples, "images": job.count(cell.name)}
 
 
 def calibration_of(checkpoint: Checkpoint, job: Job) -> Artifact:
@@ -151,26 +158,30 @@ class References:
     again: torch.Tensor
 
 
-def references(checkpoint: Checkpoint, job: Job) -> References:
-    """Draws the float model's images, or reads them where they are drawn already."""
-    conditions, indices = conditions_of(checkpoint, job)
-    key = digest_json({"model": checkpoint.digest, "images": job.images, "seed": job.seed, "asked": conditions.entries})
-    path = job.work / checkpoint.name / f"float-{key[:16]}.safetensors"
+def references(checkpoint: Checkpoint, job: Job, count: int) -> References:
+    """Draws the float model's images, or reads them where they are drawn already; returns the first `count`."""
+    most = max(job.images, job.barred_images)
+    conditions, indices = conditions_of(checkpoint, job, most)
+    asked = {"images": [job.images, most], "seed": job.seed, "entries": conditions.entries}
+    path = job.work / checkpoint.name / f"float-{digest_json({'model': checkpoint.digest, **asked})[:16]}.safetensors"
     if not path.exists():
         runner = TorchRunner("float", checkpoint.load(), checkpoint.family)
-        drawn = {str(seed): draw(runner, checkpoint, conditions, indices, seed) for seed in (job.seed, job.seed + 1)}
+        drawn = {
+            "images": draw(runner, checkpoint, conditions, indices, job.seed),
+            "again": draw(runner, checkpoint, conditions, indices[: job.images], job.seed + 1),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(drawn, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
     drawn = load_file(path)
-    return References(conditions.asked(indices), drawn[str(job.seed)], drawn[str(job.seed + 1)])
+    return References(conditions.asked(indices[:count]), drawn["images"][:count], drawn["again"][:count])
 
 
-def conditions_of(checkpoint: Checkpoint, job: Job) -> tuple[Conditions, list[int]]:
+def conditions_of(checkpoint: Checkpoint, job: Job, count: int) -> tuple[Conditions, list[int]]:
     """Returns what images are asked to show, and their indices: none of the calibration's noise is among them."""
     calibration = calibration_of(checkpoint, job)
     conditions = Conditions(checkpoint, validation_entries(checkpoint, calibration.info["entries"]))
-    indices = [SEED_OFFSET + i for i in range(job.images)]
+    indices = [SEED_OFFSET + i for i in range(count)]
     conditions.read(indices)
     return conditions, indices
 
@@ -210,7 +221,8 @@ def compute(cell: Cell, job: Job) -> Json:
     """Quantizes, draws and judges one cell."""
     torch.set_num_threads(job.threads)
     checkpoint = open_checkpoint(cell.model)
-    calibration, floats = calibration_of(checkpoint, job), references(checkpoint, job)
+    calibration, count = calibration_of(checkpoint, job), job.count(cell.name)
+    floats = references(checkpoint, job, count)
     source = quantizing.quantize(checkpoint, recipe_of(cell, job), calibration, job.work / cell.model / cell.name)
     seconds = read_json(source.path / "timings.json")["seconds"]
     peak = peak_rss_bytes()
@@ -218,7 +230,7 @@ def compute(cell: Cell, job: Job) -> Json:
     model = quantized.load(source)
     for layer in quantized.quantized_layers(model).values():
         layer.decode_once()
-    conditions, indices = conditions_of(checkpoint, job)
+    conditions, indices = conditions_of(checkpoint, job, count)
     runner = TorchRunner("quantized", model, checkpoint.family)
     images = draw(runner, checkpoint, conditions, indices, job.seed)
     found = judge(checkpoint, images, floats)
@@ -261,7 +273,7 @@ def float_row(model: str, job: Job) -> Json:
     """Judges the float model against itself from another noise: what a score cannot tell apart."""
     torch.set_num_threads(job.threads)
     checkpoint = open_checkpoint(model)
-    floats = references(checkpoint, job)
+    floats = references(checkpoint, job, job.images)
     parameters = quantizing.checkpoint_parameters(checkpoint)
     return {"model": model, "parameters": parameters, "other_noise": judge(checkpoint, floats.again, floats)}
 
@@ -358,7 +370,7 @@ def _names(known: Sequence[str]) -> Any:
 @click.option("--settings", callback=_names(list(SETTINGS)), help=f"[default: {','.join(SETTINGS)}]")
 @click.option("--granularities", callback=_names(GRANULARITIES), help=f"[default: {','.join(GRANULARITIES)}]")
 @click.option("--iterations", type=click.IntRange(min=1), help="of every trained method, per block (default: its own)")
-@click.option("--images", type=click.IntRange(min=16), help=f"per cell [default: {IMAGES}, else 256]")
+@click.option("--images", type=click.IntRange(min=16), help=f"of every cell [default: {IMAGES}]")
 @click.option("--samples", default=64, show_default=True, help="trajectories to calibrate on")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--jobs", default=1, show_default=True, help="cells at a time, each with its share of the cores")
@@ -374,9 +386,10 @@ def main(
     methods.options("fp_rounding", options, "--iterations")
     todo: list[tuple[Path, Any, tuple[Any, ...]]] = []
     for model in models:
-        job = Job(seed, samples, images or IMAGES.get(model, 256), options, work, threads)
+        counts = (images, images) if images else IMAGES.get(model, OTHERS)
+        job = Job(seed, samples, *counts, options, work, threads)
         checkpoint = open_checkpoint(model)
-        references(checkpoint, job)
+        references(checkpoint, job, job.images)
         for name, function in (("float", float_row), ("grids", grids)):
             path = results / model / f"{name}.json"
             if not path.exists():

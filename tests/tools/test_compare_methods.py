@@ -62,7 +62,7 @@ def test_a_cell_is_computed_once_and_again_when_what_it_depends_on_changes(compa
 
 
 def test_all_trained_methods_have_the_iterations_that_are_asked_for():
-    job = compare_methods.Job(0, 64, 16, {"iterations": 7}, None, 1)
+    job = compare_methods.Job(0, 64, 16, 16, {"iterations": 7}, None, 1)
     trained = [cell for cell in compare_methods.cells(["m"], *everything()) if cell.method == "learned"]
     assert len(trained) >= 10
     assert {compare_methods.recipe_of(cell, job).rules[-1].method.options.iterations for cell in trained} == {7}
@@ -72,8 +72,17 @@ def everything():
     return list(compare_methods.SETTINGS), compare_methods.GRANULARITIES, list(compare_methods.METHODS)
 
 
+def test_the_cells_that_the_bars_are_about_have_more_images():
+    job = compare_methods.Job(0, 64, 16, 32, {}, None, 1)
+    names = {cell.name for cell in compare_methods.cells(["m"], *everything())}
+    assert set(compare_methods.BARRED) <= names
+    assert {name for name in names if job.count(name) == 32} == set(compare_methods.BARRED)
+    assert compare_methods.IMAGES["digits-dit"][1] >= 2000
+    assert compare_methods.IMAGES["shapes-unet"][1] >= 512
+
+
 def test_every_cell_has_a_name_a_recipe_and_a_place_in_the_table():
-    job = compare_methods.Job(0, 64, 16, {}, None, 1)
+    job = compare_methods.Job(0, 64, 16, 32, {}, None, 1)
     found = list(compare_methods.cells(["m"], *everything()))
     assert len({cell.name for cell in found}) == len(found)
     for cell in found:

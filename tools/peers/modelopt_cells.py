@@ -41,19 +41,25 @@ PRESETS = {
 
 @click.command()
 @click.argument("models", nargs=-1, required=True)
-@click.option("--images", type=click.IntRange(min=16), help=f"per cell [default: {compare.IMAGES}, else 256]")
+@click.option("--images", type=click.IntRange(min=16), help="per cell [default: as compare_methods]")
 @click.option("--samples", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default=Path("docs/methods"), show_default=True)
 def main(models: tuple[str, ...], images: int | None, samples: int, seed: int, work: Path, results: Path) -> None:
     for model in models:
-        count = images or compare.IMAGES.get(model, 256)
-        job = compare.Job(seed, samples, count, {}, work, torch.get_num_threads())
+        counts = (images, images) if images else compare.IMAGES.get(model, compare.OTHERS)
+        job = compare.Job(seed, samples, *counts, {}, work, torch.get_num_threads())
         checkpoint = open_checkpoint(model)
         for name, preset in PRESETS.items():
             path = results / model / f"modelopt.{name.lower().replace(' ', '-')}.json"
-            request = {"model": checkpoint.digest, "preset": preset, "seed": seed, "samples": samples, "images": count}
+            request = {
+                "model": checkpoint.digest,
+                "preset": preset,
+                "seed": seed,
+                "samples": samples,
+                "images": job.images,
+            }
             request |= versions("nvidia-modelopt")
             if not path.exists() or read_json(path)["request"] != request:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +71,7 @@ def cell(checkpoint: Checkpoint, name: str, preset: str, job: compare.Job) -> Js
     """Quantizes with a preset, draws and judges."""
     import modelopt.torch.quantization as mtq
 
-    floats = compare.references(checkpoint, job)
+    floats = compare.references(checkpoint, job, job.images)
     data = CalibrationSet(compare.calibration_of(checkpoint, job))
     family = checkpoint.family
     model = checkpoint.load()
@@ -85,7 +91,7 @@ def cell(checkpoint: Checkpoint, name: str, preset: str, job: compare.Job) -> Js
         model = mtq.quantize(model, config, forward_all)
     minutes, peak = (time.monotonic() - started) / 60, peak_rss_bytes()
     started = time.monotonic()
-    conditions, indices = compare.conditions_of(checkpoint, job)
+    conditions, indices = compare.conditions_of(checkpoint, job, job.images)
     images = compare.draw(TorchRunner("modelopt", model, family), checkpoint, conditions, indices, job.seed)
     return {
         "cell": {"model": checkpoint.name, "setting": f"ModelOpt {name}", "granularity": "preset", "method": "peer"},
