@@ -32,7 +32,11 @@ APART = 1 / 8  # of the trajectories: phases are judged by them, since whatever 
 
 
 class Phase(Protocol):
-    """What a method trains in a block at a time, by Adam."""
+    """What a method trains in a block at a time, by Adam; the rate falls to zero on a line.
+
+    Without that 8-bit rounding came out worse than it went in, by 0.6 dB of images on digits-dit: what differs little
+    flips to and fro with the batches until the end.
+    """
 
     @property
     def iterations(self) -> int: ...
@@ -265,6 +269,7 @@ def _iterate(block: nn.Module, calls: Calls, phase: Phase, batch: int, what: str
     for iteration in progress.track(range(phase.iterations), phase.iterations, what):
         loss = relative_error(block, calls.batch(batch, generator))
         loss = loss + phase.regularizer(iteration / phase.iterations)
+        optimizer.param_groups[0]["lr"] = phase.rate * (1 - iteration / phase.iterations)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
