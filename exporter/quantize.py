@@ -282,7 +282,8 @@ def _quantize_layers(
     inside = {path for paths in blocks.values() for path in paths}
     if blocks:
         options = [_method(plan, path)[1] for path in inside if _method(plan, path)[0].TRAINS]
-        samples = reconstruct.Samples(data, max(one.rows for one in options))
+        rows = max(one.rows for one in options)
+        samples = reconstruct.Samples(data, rows, family.rows(reconstruct.CHUNK))
         hold = max(one.hold_mb for one in options) << 20
         reconstruct.record_targets(model, family, list(blocks), samples, work)
     specs = _replace(model, plan, start, [path for path in plan.specs if path not in inside])

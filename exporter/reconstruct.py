@@ -27,7 +27,7 @@ from exporter import progress
 from exporter.models import Family
 from exporter.runners import TorchRunner
 
-CHUNK = 64  # rows of a file; a training batch is drawn from one of them
+CHUNK = 64  # rows of a file, at most: what the model is run on at once, and what a training batch is drawn from
 APART = 1 / 8  # of the trajectories: phases are judged by them, since whatever trains fits what it trains on
 
 
@@ -59,7 +59,7 @@ class Samples:
     `chunks` to train on, and behind them those of trajectories that are kept apart, to judge by what was learned.
     """
 
-    def __init__(self, data: CalibrationSet, rows: int, seed: int = 0) -> None:
+    def __init__(self, data: CalibrationSet, rows: int, chunk: int = CHUNK, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         train, judge = (_Picked(rows * share, len(data), generator) for share in (1.0, APART))
         for shard in data.shards:
@@ -67,9 +67,9 @@ class Samples:
                 apart = _apart(len(feeds["step"]))
                 train.pick(feeds, (~apart).nonzero().flatten())
                 judge.pick(feeds, apart.nonzero().flatten())
-        self.chunks = train.chunks()
+        self.chunks = train.chunks(chunk)
         self.training = len(self.chunks)
-        self.chunks += judge.chunks()
+        self.chunks += judge.chunks(chunk)
 
 
 class _Picked:
@@ -86,12 +86,12 @@ class _Picked:
             index = among[torch.randperm(len(among), generator=self._generator)[:wanted]]
             self._parts.append({name: value[index] for name, value in feeds.items()})
 
-    def chunks(self) -> list[dict[str, torch.Tensor]]:
+    def chunks(self, size: int) -> list[dict[str, torch.Tensor]]:
         if not self._parts:
             return []
         joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
         order = torch.randperm(len(joined["step"]), generator=self._generator)
-        return [{n: value[order[i : i + CHUNK]] for n, value in joined.items()} for i in range(0, len(order), CHUNK)]
+        return [{n: value[order[i : i + size]] for n, value in joined.items()} for i in range(0, len(order), size)]
 
 
 def _apart(rows: int) -> torch.Tensor:
@@ -156,7 +156,7 @@ class Calls:
     def __init__(
         self, model: nn.Module, family: Family, block: str, samples: Samples, folder: Path, *, hold: int
     ) -> None:
-        self._training = samples.training
+        self._training, self._rows = samples.training, len(samples.chunks[0]["step"])
         self._chunks: list[dict[str, torch.Tensor] | Path] = []
         self._constants: list[Any] = []
         self._spec: Any = None
@@ -177,11 +177,14 @@ class Calls:
                 self._chunks.append(tensors)
 
     def batch(self, size: int, generator: torch.Generator) -> Call:
-        """Returns `size` rows of one chunk, drawn."""
-        chunk = self._read(int(torch.randint(self._training, (), generator=generator)))
-        rows = len(next(iter(chunk.values())))
-        index = torch.randperm(rows, generator=generator)[:size]
-        return self._call({name: tensor[index] for name, tensor in chunk.items()})
+        """Returns `size` rows, drawn: of one chunk, or where chunks are smaller of as few as it takes."""
+        count = min(-(-size // self._rows), self._training)
+        parts = []
+        for number in torch.randint(self._training, (count,), generator=generator).tolist():
+            chunk = self._read(number)
+            index = torch.randperm(len(next(iter(chunk.values()))), generator=generator)[: size // count]
+            parts.append({name: tensor[index] for name, tensor in chunk.items()})
+        return self._call({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def error(self, block: nn.Module) -> float:
         """Returns the relative error over the rows kept apart; over all, where there are too few to keep any."""

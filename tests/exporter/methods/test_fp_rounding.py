@@ -119,7 +119,8 @@ class Worse:
 def calls_of(inputs, targets):
     calls = object.__new__(reconstruct.Calls)
     _, calls._spec = torch.utils._pytree.tree_flatten(((0,), {}))
-    calls._constants, calls._chunks, calls._training = [None], [{"in0": inputs, "out0": targets}], 1
+    calls._constants, calls._chunks = [None], [{"in0": inputs, "out0": targets}]
+    calls._training, calls._rows = 1, len(inputs)
     return calls
 
 
@@ -140,7 +141,8 @@ def tiny(tmp_path_factory):
 
 
 FP8 = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
-SHORT = {"iterations": 80, "activation_iterations": 10, "rows": 128, "rate": 0.1}
+# By the weight's own error: the search by output leaves this small random model's first block nothing to learn.
+SHORT = {"iterations": 80, "activation_iterations": 10, "rows": 128, "rate": 0.2, "output": False}
 
 
 def rules(method, **options):
@@ -165,7 +167,7 @@ def learned(tiny, tmp_path_factory):
 
 
 def test_learning_brings_the_model_nearer_to_the_float_one(tiny, learned, tmp_path):
-    searched = quantized_with(tiny, tmp_path / "searched", rules("fp_search"))
+    searched = quantized_with(tiny, tmp_path / "searched", rules("fp_search", output=False))
     assert quality(learned) > quality(searched) + 0.2
 
 
@@ -245,6 +247,17 @@ def test_what_judges_a_phase_is_of_trajectories_that_were_not_trained_on(tiny):
     assert not trained & judged
 
 
+def test_a_batch_is_drawn_from_as_many_chunks_as_it_takes():
+    x = torch.arange(40.0).reshape(40, 1)
+    calls = calls_of(x[:8], x[:8])
+    calls._chunks, calls._training = [{"in0": part, "out0": part} for part in x.split(8)], 4
+    drawn = calls.batch(20, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn.args[0], drawn.targets[0])
+    assert 18 <= len(drawn.args[0]) <= 20
+    assert drawn.args[0].max() < 32  # none of the chunk that judges
+    assert len(calls.batch(8, torch.Generator().manual_seed(0)).args[0]) == 8
+
+
 def test_with_guidance_both_halves_of_a_trajectory_are_kept_apart():
     apart = reconstruct._apart(32)
     assert torch.equal(apart[:16], apart[16:])
@@ -275,7 +288,7 @@ def test_a_phase_that_only_fits_what_it_trained_on_is_taken_back():
 
 def test_two_trainings_in_one_block_are_refused(tiny, tmp_path):
     kept, rule = rules("fp_rounding", **SHORT)
-    other = rules("fp_rounding", **SHORT | {"rate": 0.2})[1] | {"layers": "*.attn1.*"}
+    other = rules("fp_rounding", **SHORT | {"rate": 0.3})[1] | {"layers": "*.attn1.*"}
     with pytest.raises(UserError, match=r"transformer_blocks\.0.*two rules"):
         quantized_with(tiny, tmp_path / "quantized", [kept, other, rule])
     assert not list(tmp_path.iterdir())
