@@ -248,7 +248,7 @@ def compute(cell: Cell, job: Job) -> Json:
         "layers": len(main),
         **found,
         "step_sqnr_db": step_sqnr(source),
-        "minutes": {"quantize": seconds / 60, "judge": (time.monotonic() - started) / 60, "threads": job.threads},
+        "minutes": {"quantize": seconds / 60, "judge": (time.monotonic() - started) / 60},
         "quantize_peak_rss_bytes": peak,
     }
 

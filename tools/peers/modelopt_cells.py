@@ -98,7 +98,7 @@ def cell(checkpoint: Checkpoint, name: str, preset: str, job: compare.Job) -> Js
         "bits_per_weight": bits_per_weight(model),
         "layers": len(_quantizers(model)),
         **compare.judge(checkpoint, images, floats),
-        "minutes": {"quantize": minutes, "judge": (time.monotonic() - started) / 60, "threads": job.threads},
+        "minutes": {"quantize": minutes, "judge": (time.monotonic() - started) / 60},
         "quantize_peak_rss_bytes": peak,
     }
 
