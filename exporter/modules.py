@@ -273,8 +273,7 @@ def _check_looked_up(path: str, spec: LayerSpec) -> None:
     if not torch.equal(values.half().float(), values):
         raise UserError(
             f"layer {path!r}: not all values of {spec.weight} exist in fp16, which graphs compute in",
-            fix="use at most 5 exponent bits, and of 6 and 8 bits at least 2 mantissa bits beside 5; or study it with "
-            "deployable = false",
+            fix="use at most 4 exponent bits, or E5M2; or study it with deployable = false in the rule",
         )
     if activation is None:
         return
