@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,13 +15,17 @@ from torch.nn import functional as F
 from engines.errors import UserError
 from exporter import formats
 from exporter.formats import Format
+from exporter.formats.codebook import Format as CodebookFormat
 from exporter.ops import codebook, qdq
-from exporter.tensors import Granularity, QuantizedTensor, fake_quantize, times_scale
+from exporter.tensors import CodebookTensor, Granularity, QuantizedTensor, fake_quantize, times_scale
 
 ZERO_POINTS = ("weight_zero_point", "activation_zero_point")  # always zero
 DERIVED = (*ZERO_POINTS, "weight_table", "weight_unit")  # what graphs need and a layer's spec says: files hold none
 FloatLayer = nn.Linear | nn.Conv2d
 FLOAT_LAYERS = (nn.Linear, nn.Conv2d)  # what a recipe's rules range over
+
+
+WARRANTED = 4  # sub-vectors to a codeword, at least. Source: methods.md section 3: K ≤ o · i / d / 4
 
 
 class StepContext:
@@ -117,26 +122,29 @@ class QuantizedLayer(nn.Module):
         self.bias = source.bias
         self._decoded: torch.Tensor | None = None
         self.axis = channel_axis(source, spec)
-        shape = oriented_shape(source, spec)
-        self.register_buffer("weight_codes", torch.empty(shape, dtype=spec.weight.carrier))
-        self.register_buffer("weight_scale", torch.empty(self._scale_shape(shape)))
-        if not spec.weight.native:
-            table = torch.empty(codebook.ENTRIES[spec.weight.onnx_type])
-            self.register_buffer("weight_table", table, persistent=False)
-            if spec.activation:  # what was looked up is quantized to the activation's type: exact, see `check_fits`
-                self.register_buffer("weight_unit", torch.empty(()), persistent=False)
-                zero = torch.zeros((), dtype=spec.activation.carrier)
-                self.register_buffer("weight_zero_point", zero, persistent=False)
-        elif spec.weight.onnx_type == "INT8":
-            # ONNX Runtime's AVX2 path turns int8 weights into uint8 and fails where their zero point is left out.
-            zeros = torch.zeros(self._scale_shape(shape), dtype=torch.int8)
-            self.register_buffer("weight_zero_point", zeros, persistent=False)
+        self._register_weight(oriented_shape(source, spec))
+        if spec.activation and not spec.weight.native:
+            # what was looked up is quantized to the activation's type: exact, see `check_fits`
+            self.register_buffer("weight_unit", torch.empty(()), persistent=False)
+            zero = torch.zeros((), dtype=spec.activation.carrier)
+            self.register_buffer("weight_zero_point", zero, persistent=False)
         if spec.multiplied:
             self.register_buffer("input_multiplier", torch.empty(multiplier_shape(source)))
         if spec.activation:
             self.register_buffer("activation_scale", torch.empty(()))
             zero = torch.zeros((), dtype=spec.activation.carrier)
             self.register_buffer("activation_zero_point", zero, persistent=False)
+
+    def _register_weight(self, shape: tuple[int, ...]) -> None:
+        fmt = self.spec.weight
+        self.register_buffer("weight_codes", torch.empty(shape, dtype=fmt.carrier))
+        self.register_buffer("weight_scale", torch.empty(self._scale_shape(shape)))
+        if not fmt.native:
+            self.register_buffer("weight_table", torch.empty(codebook.ENTRIES[fmt.onnx_type]), persistent=False)
+        elif fmt.onnx_type == "INT8":
+            # ONNX Runtime's AVX2 path turns int8 weights into uint8 and fails where their zero point is left out.
+            zeros = torch.zeros(self._scale_shape(shape), dtype=torch.int8)
+            self.register_buffer("weight_zero_point", zeros, persistent=False)
 
     def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.spec.granularity == "tensor":
@@ -146,7 +154,7 @@ class QuantizedLayer(nn.Module):
         return tuple(n // self.spec.block_size if d == self.axis else n for d, n in enumerate(shape))
 
     @property
-    def weight_tensor(self) -> QuantizedTensor:
+    def weight_tensor(self) -> QuantizedTensor | CodebookTensor:
         spec = self.spec
         return QuantizedTensor(
             self.weight_codes, self.weight_scale, spec.weight, spec.granularity, self.axis, spec.block_size
@@ -201,26 +209,76 @@ class QuantizedLayer(nn.Module):
         return f"{self.weight_shape}, {self.spec.kinds}"
 
 
+class CodebookLayer(QuantizedLayer):
+    """A Linear or Conv2d whose weight is codes and a codebook of the layer's own.
+
+    codes [out, n / vector_size] of the weight's rows [out, n], codebook [codebook_size, vector_size]; scale [out] with
+    granularity "channel", [] beside quantized activations, else none: the codebook has it.
+    """
+
+    weight_codebook: torch.Tensor
+
+    def _register_weight(self, shape: tuple[int, ...]) -> None:
+        fmt: Any = self.spec.weight
+        self.register_buffer("weight_codes", torch.empty(shape, dtype=fmt.carrier))
+        self.register_buffer("weight_codebook", torch.empty(fmt.codebook_size, fmt.vector_size))
+        if self.spec.granularity == "channel" or self.spec.activation:
+            self.register_buffer("weight_scale", torch.empty(self._scale_shape(shape)))
+
+    @property
+    def weight_tensor(self) -> CodebookTensor:
+        scale = self._buffers.get("weight_scale")
+        return CodebookTensor(self.weight_codes, self.weight_codebook, scale, self.spec.weight)
+
+    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._turned(super()._weight(dtype))
+
+    def _turned(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the weight as a MatMul or a convolution takes it, of its rows [out, n]."""
+        return rows if self.conv else rows.T
+
+    def _traced_weight(self) -> torch.Tensor:
+        rows = self._turned(codebook.dequantize(self.weight_codes, self.weight_codebook))
+        axis, granularity = (0 if self.conv else 1), self.spec.granularity
+        if self.spec.activation:
+            rows = qdq.quantize(rows, self.weight_unit, self.weight_zero_point)
+            return qdq.dequantize(rows, self.weight_scale, None, axis, 0)
+        if granularity == "channel":
+            return times_scale(rows, self.weight_scale, granularity, axis, 0)
+        return rows
+
+
+def quantized_layer(source: FloatLayer, spec: LayerSpec) -> QuantizedLayer:
+    """Returns the layer that holds what `spec` says in place of the float weight."""
+    return CodebookLayer(source, spec) if spec.weight.learned else QuantizedLayer(source, spec)
+
+
 def _conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
 
 
 def channel_axis(layer: FloatLayer, spec: LayerSpec) -> int:
     """Returns the axis of the codes that channels, or blocks, lie along."""
+    if spec.weight.learned:
+        return 0
     return int(isinstance(layer, nn.Conv2d) == (spec.granularity == "block"))
 
 
 def oriented_shape(layer: FloatLayer, spec: LayerSpec) -> tuple[int, ...]:
     """Returns the shape the codes lie in."""
     shape = tuple(layer.weight.shape)
+    if isinstance(spec.weight, CodebookFormat):
+        return shape[0], math.prod(shape[1:]) // spec.weight.vector_size
     if isinstance(layer, nn.Conv2d):
         return (shape[0], shape[1] * shape[2] * shape[3]) if spec.granularity == "block" else shape
     return shape[::-1]
 
 
 def oriented(layer: FloatLayer, spec: LayerSpec) -> torch.Tensor:
-    """Returns the float weight in the orientation of the codes."""
+    """Returns the float weight in the orientation of the codes; those of a codebook stand for its rows [out, n]."""
     weight: torch.Tensor = layer.weight.detach()
+    if spec.weight.learned:
+        return weight.flatten(1)
     if isinstance(layer, nn.Conv2d):
         return weight.flatten(1) if spec.granularity == "block" else weight
     return weight.T
@@ -228,7 +286,9 @@ def oriented(layer: FloatLayer, spec: LayerSpec) -> torch.Tensor:
 
 def check_fits(path: str, layer: FloatLayer, spec: LayerSpec) -> None:
     """Raises a UserError if the layer's width is no multiple of the block size, or its formats do not go together."""
-    if not spec.weight.native and spec.deployable:
+    if isinstance(spec.weight, CodebookFormat):
+        _check_codebook(path, layer, spec.weight)
+    elif not spec.weight.native and spec.deployable:
         _check_looked_up(path, spec)
     if spec.granularity != "block":
         return
@@ -282,6 +342,25 @@ def _check_looked_up(path: str, spec: LayerSpec) -> None:
         raise UserError(
             f"{what}: not all values of the one exist in the other, so no engine multiplies them",
             fix="use fp8 activations (E4M3) and at most 3 mantissa bits in weights, or float activations",
+        )
+
+
+def _check_codebook(path: str, layer: FloatLayer, fmt: CodebookFormat) -> None:
+    """Raises a UserError if sub-vectors do not fill the rows, or codewords are too many for so few of them."""
+    rows, width = layer.weight.shape[0], layer.weight[0].numel()
+    what = f"layer {path!r}: a codebook of {fmt.codebook_size} × {fmt.vector_size}"
+    unit = fmt.vector_size * (2 if fmt.bits == 6 else 1)
+    if width % unit:
+        why = "codes of 6 bits are stored in pairs" if fmt.bits == 6 else "each code stands for so many"
+        raise UserError(
+            f"{what}: its rows of {width} weights are no multiple of {unit} ({why})",
+            fix="use another vector_size for it, or keep it",
+        )
+    vectors = rows * width // fmt.vector_size
+    if fmt.codebook_size * WARRANTED > vectors:
+        raise UserError(
+            f"{what} for {vectors} sub-vectors: at least {fmt.codebook_size * WARRANTED} warrant one",
+            fix="use a smaller codebook_size or keep the layer (narrower_than in a rule before this one)",
         )
 
 

@@ -22,7 +22,6 @@ from exporter.checkpoint import Checkpoint
 from exporter.models import Family
 from exporter.modules import (
     LayerSpec,
-    QuantizedLayer,
     StepContext,
     channel_axis,
     facts,
@@ -31,6 +30,7 @@ from exporter.modules import (
     float_layers,
     oriented,
     put,
+    quantized_layer,
     split_inputs,
 )
 from exporter.ranges import FILE as RANGES
@@ -254,8 +254,7 @@ class Start:
 
     def state(self, path: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Returns the buffers of the quantized layer."""
-        found = {"weight_codes": tensor.codes.contiguous(), "weight_scale": tensor.scale}
-        return found | ({"activation_scale": self.scales[path]} if path in self.scales else {})
+        return tensor.buffers() | ({"activation_scale": self.scales[path]} if path in self.scales else {})
 
 
 def _quantize_weight(
@@ -327,7 +326,7 @@ def _replace(model: nn.Module, plan: Plan, start: Start, paths: Sequence[str]) -
 
 def _put_quantized(model: nn.Module, path: str, spec: LayerSpec, state: Mapping[str, torch.Tensor]) -> None:
     source = float_layer(model, path)
-    layer = QuantizedLayer(source, spec)
+    layer = quantized_layer(source, spec)
     layer._buffers |= dict(state)
     if spec.multiplied:
         layer.input_multiplier = source.get_buffer("input_multiplier")

@@ -17,10 +17,20 @@ from engines.errors import UserError
 from exporter import scaling
 from exporter.checkpoint import Checkpoint, open_checkpoint, parameters_on_meta, set_parameter
 from exporter.models import Family, family_of
-from exporter.modules import DERIVED, FLOAT_LAYERS, LayerSpec, QuantizedLayer, float_layer, put, split_inputs
-from exporter.tensors import pack_int4, unpack_int4
+from exporter.modules import (
+    DERIVED,
+    FLOAT_LAYERS,
+    LayerSpec,
+    QuantizedLayer,
+    float_layer,
+    put,
+    quantized_layer,
+    split_inputs,
+)
+from exporter.tensors import pack, unpack
 
 SHARD_BYTES = 512 << 20  # what one file holds, and so what is in memory while it is written
+STORED = ("weight_codes", "weight_scale", "weight_codebook")  # what a layer stores for its weight
 REFERENCE = "reference.safetensors"
 
 
@@ -41,8 +51,8 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         layer = layers.get(owner)
         if layer is not None and leaf == "weight_codes":
-            yield name, pack_int4(tensor) if layer.spec.weight.onnx_type == "INT4" else tensor.contiguous()
-        elif layer is not None and leaf.endswith("_scale"):
+            yield name, pack(tensor, layer.spec.weight)
+        elif layer is not None and leaf.endswith(("_scale", "_codebook")):
             yield name, tensor.to(torch.float16)
         else:
             yield name, narrowed(tensor.detach())
@@ -123,7 +133,7 @@ def build(artifact: Artifact) -> nn.Module:
     model = family(artifact).build().eval()
     split_inputs(model, artifact.info["splits"])
     for path, spec in specs(artifact).items():
-        put(model, path, QuantizedLayer(float_layer(model, path), spec))
+        put(model, path, quantized_layer(float_layer(model, path), spec))
     return model
 
 
@@ -150,7 +160,7 @@ def load(artifact: Artifact) -> nn.Module:
 def load_layer(stored: StoredTensors, path: str, spec: LayerSpec, source: nn.Module) -> QuantizedLayer:
     """Reads one quantized layer; geometry and bias are those of the float layer it stands for."""
     assert isinstance(source, FLOAT_LAYERS), path
-    layer = QuantizedLayer(source, spec)
+    layer = quantized_layer(source, spec)
     for leaf, buffer in list(layer.named_buffers()):
         if leaf not in DERIVED:
             layer._buffers[leaf] = _restored(stored.raw(f"{path}.{leaf}"), buffer, layer, leaf)
@@ -158,8 +168,8 @@ def load_layer(stored: StoredTensors, path: str, spec: LayerSpec, source: nn.Mod
 
 
 def _restored(raw: torch.Tensor, like: torch.Tensor, layer: QuantizedLayer | None, leaf: str) -> torch.Tensor:
-    if layer is not None and leaf == "weight_codes" and layer.spec.weight.onnx_type == "INT4":
-        return unpack_int4(raw, like)
+    if layer is not None and leaf == "weight_codes":
+        return unpack(raw, layer.spec.weight, like)
     return raw.to(like.dtype)
 
 
@@ -175,7 +185,7 @@ def storage(model: nn.Module) -> Json:
     for name, tensor in stored_tensors(model):
         owner, _, leaf = name.rpartition(".")
         total += tensor.nbytes
-        if (layer := layers.get(owner)) is None or leaf not in ("weight_codes", "weight_scale"):
+        if (layer := layers.get(owner)) is None or leaf not in STORED:
             continue
         entry = formats.setdefault(layer.spec.weight.kind, {"layers": 0, "bytes": 0, "weights": 0})
         entry["bytes"] += tensor.nbytes

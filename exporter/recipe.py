@@ -22,16 +22,21 @@ SCOPES = ("all", "blocks", "outside_blocks")
 TYPES = ("any", "conv", "linear")
 RULE_KEYS = ("layers", "scope", "optional", "type", "grouped", "narrower_than", "split_skips", "deployable")
 _FORMAT_KEYS = ("bits", "exponent_bits", "mantissa_bits")
+_CODEBOOK_KEYS = ("vector_size", "codebook_size")
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """`candidates`: the formats that a method may choose from, where the recipe gives only their bits."""
+    """`candidates`: the formats that a method may choose from, where the recipe gives only their bits.
+
+    `entries`: what the numbers of a codebook are stored in, where a matmul of quantized inputs is to take them.
+    """
 
     format: Format
     granularity: Granularity = "channel"
     block_size: int = 0
     candidates: tuple[Format, ...] = ()
+    entries: Format | None = None
 
     @property
     def choices(self) -> tuple[Format, ...]:
@@ -218,6 +223,13 @@ def _rule(table: Any, where: str) -> Rule:
         raise UserError(f"{where}: says neither weight nor keep", fix='write weight = { … } or keep = "float"')
     weight = _weight(table["weight"], f"{where}, weight", rule.deployable)
     method = _method(table.get("method", {"name": "rtn"}), f"{where}, method")
+    if weight.format.learned != methods.load(method.name).CODEBOOKS:
+        raise UserError(
+            f"{where}: method {method.name!r} makes {'no codebooks' if weight.format.learned else 'codebooks only'}",
+            fix='use one that does: { name = "kmeans" }'
+            if weight.format.learned
+            else "name an int or fp format's method",
+        )
     if weight.candidates and not methods.load(method.name).CHOOSES_FORMAT:
         raise UserError(
             f"{where}: leaves the format open, and method {method.name!r} chooses none",
@@ -226,7 +238,9 @@ def _rule(table: Any, where: str) -> Rule:
     activation = None
     if "activation" in table:
         activation = _activation(table["activation"], f"{where}, activation", rule.deployable)
-    if activation and rule.deployable:
+    if activation and weight.format.learned:
+        weight = replace(weight, entries=activation.format)
+    elif activation and rule.deployable:
         _check_pair(weight, activation, where)
     return replace(rule, weight=weight, activation=activation, method=method)
 
@@ -255,8 +269,11 @@ def _keep(rule: Rule, table: Mapping[str, Any], where: str) -> Rule:
 
 
 def _weight(table: Any, where: str, deployable: bool) -> WeightSpec:
-    _known(table, ("format", "granularity", "block_size", *_FORMAT_KEYS), where)
-    granularity = table.get("granularity", "channel")
+    _known(table, ("format", "granularity", "block_size", *_FORMAT_KEYS, *_CODEBOOK_KEYS), where)
+    learned = table.get("format") == "codebook"
+    granularity = table.get("granularity", "tensor" if learned else "channel")
+    if learned and granularity == "block":
+        raise UserError(f"{where}: a codebook scaled in blocks", fix='use granularity "tensor", or "channel"')
     if granularity not in GRANULARITIES:
         raise unknown("granularity", str(granularity), GRANULARITIES, where)
     if granularity == "block" and "block_size" not in table:
@@ -294,7 +311,8 @@ def _activation(table: Any, where: str, deployable: bool) -> ActivationSpec:
 
 
 def _format(table: Mapping[str, Any], where: str) -> Format:
-    options = {key: _integer(table, key, where, default=0, least=0) for key in _FORMAT_KEYS if key in table}
+    keys = (*_FORMAT_KEYS, *_CODEBOOK_KEYS)
+    options = {key: _integer(table, key, where, default=0, least=0) for key in keys if key in table}
     return formats.load(str(table.get("format", "")), options, where)
 
 

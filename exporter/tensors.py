@@ -36,6 +36,35 @@ class QuantizedTensor:
         values = self.format.decode(self.codes).to(dtype)
         return times_scale(values, self.scale.to(dtype), self.granularity, self.axis, self.block_size)
 
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Returns what a quantized layer holds of it."""
+        return {"weight_codes": self.codes.contiguous(), "weight_scale": self.scale}
+
+
+@dataclass(frozen=True)
+class CodebookTensor:
+    """`codebook[codes] * scale`: codes [out, n / vector_size], codebook [codebook_size, vector_size], scale [], [out].
+
+    Every number of the codebook and of the scale is one that fp16 holds; no scale is a scale of 1.
+    """
+
+    codes: torch.Tensor
+    codebook: torch.Tensor
+    scale: torch.Tensor | None
+    format: Format
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Returns the tensor the codes stand for, [out, n]."""
+        rows = self.codebook.to(dtype)[self.codes.int()].flatten(1)
+        if self.scale is None:
+            return rows
+        return rows * spread(self.scale.to(dtype), rows.shape, "channel" if self.scale.ndim else "tensor", 0, 0)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Returns what a quantized layer holds of it."""
+        found = {"weight_codes": self.codes.contiguous(), "weight_codebook": self.codebook}
+        return found if self.scale is None else found | {"weight_scale": self.scale}
+
 
 def times_scale(
     values: torch.Tensor, scale: torch.Tensor, granularity: Granularity, axis: int, block_size: int
@@ -106,6 +135,33 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Te
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     scale = scale.to(wide.dtype)
     return (fmt.round(wide / scale) * scale).to(x.dtype)
+
+
+def pack(codes: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Returns codes as they are stored: two to a byte in INT4, four 6-bit ones to three bytes, others as they are."""
+    if fmt.onnx_type != "INT4":
+        return codes.contiguous()
+    return pack_int4(codes if fmt.bits <= 4 else _nibbles(codes))
+
+
+def unpack(packed: torch.Tensor, fmt: Format, like: torch.Tensor) -> torch.Tensor:
+    """Inverse of `pack`, in the shape and type of `like`."""
+    if fmt.onnx_type != "INT4":
+        return packed.to(like.dtype)
+    if fmt.bits <= 4:
+        return unpack_int4(packed, like)
+    first, middle, last = (unpack_int4(packed, like.new_empty(like.numel() // 2 * 3)) ^ 8).reshape(-1, 3).T
+    return torch.stack([first << 2 | middle >> 2, (middle & 3) << 4 | last], dim=1).reshape(like.shape)
+
+
+def _nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Splits every two 6-bit codes, a row's neighbours, into three nibbles, less 8: a graph reads them as signed INT4.
+
+    That is the form of 3 bits that stays compressed in TensorRT-RTX. Source: facts.md section 1.
+    """
+    first, second = codes.reshape(-1, 2).T
+    parts = torch.stack([first >> 2, (first & 3) << 2 | second >> 4, second & 15], dim=1)
+    return parts ^ 8
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,10 @@ def written_out(model: onnx.ModelProto) -> onnx.ModelProto:
 
     A node of a body is named `<op>_<position> | <call> (<function>)`, as TensorRT's own plans name what it inlined.
     """
-    functions = {(function.domain, function.name): function for function in model.functions}
+    functions = {(function.domain, function.name, function.overload): function for function in model.functions}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        function = functions.get((node.domain, node.op_type))
+        function = functions.get((node.domain, node.op_type, node.overload))
         nodes += [node] if function is None else _body(function, node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)

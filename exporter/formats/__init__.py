@@ -17,15 +17,14 @@ from exporter import catalog
 
 
 class Format(Protocol):
-    """A finite set of values, addressed by codes. Frozen dataclasses; their fields are the recipe's keys."""
+    """A finite set of values, addressed by codes. Frozen dataclasses; their fields are the recipe's keys.
+
+    Where `learned`, values are each tensor's own, and what follows `kind` is missing.
+    """
 
     @property
     def bits(self) -> int:
         """Bits per code, as stored."""
-
-    @property
-    def max_value(self) -> float:
-        """The value that the end of a range is scaled to."""
 
     @property
     def carrier(self) -> torch.dtype:
@@ -40,12 +39,20 @@ class Format(Protocol):
         """Whether the values are that type's own; elsewhere a graph looks its codes up in a table of `values`."""
 
     @property
-    def values(self) -> torch.Tensor:
-        """The value of every code, fp32 [2^bits], in the order of the codes' bits."""
+    def learned(self) -> bool:
+        """Whether each tensor has values of its own, a codebook."""
 
     @property
     def kind(self) -> str:
         """The type as reports and plans spell it: fp8, int8, int4, …"""
+
+    @property
+    def max_value(self) -> float:
+        """The value that the end of a range is scaled to."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The value of every code, fp32 [2^bits], in the order of the codes' bits."""
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the codes of the nearest values, ties to the even code; beyond the range they saturate."""

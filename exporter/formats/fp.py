@@ -67,6 +67,10 @@ class Format:
         return (self.exponent_bits, self.mantissa_bits) in NATIVE
 
     @property
+    def learned(self) -> bool:
+        return False
+
+    @property
     def kind(self) -> str:
         """fp8 is E4M3, the one that matmuls take."""
         if self.bits == 8 and (self.exponent_bits, self.mantissa_bits) != (4, 3):

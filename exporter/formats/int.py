@@ -44,6 +44,10 @@ class Format:
         return torch.arange(-half, half).roll(half).float()
 
     @property
+    def learned(self) -> bool:
+        return False
+
+    @property
     def kind(self) -> str:
         return "int4" if self.bits <= 4 else "int8"
 

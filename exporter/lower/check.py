@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -48,7 +49,9 @@ def _check_codes(model: ir.Model, layer: str, spec: LayerSpec, shape: tuple[int,
     codes = [n.inputs[0] for n in nodes if n.inputs[0] is not None and n.inputs[0].is_initializer()]
     if len(codes) != 1 or codes[0] is None or codes[0].const_value is None:
         raise AssertionError(f"layer {layer!r}: {len(codes)} weights in the graph where one was written")
-    want = math.ceil(math.prod(shape) * (4 if spec.weight.onnx_type == "INT4" else 8) / 8)
+    fmt: Any = spec.weight
+    stored_bits = fmt.bits / fmt.vector_size if fmt.learned else 4 if fmt.onnx_type == "INT4" else 8
+    want = math.ceil(math.prod(shape) * stored_bits / 8)
     tensor = codes[0].const_value
     if tensor.dtype.name != spec.weight.onnx_type or tensor.nbytes != want:
         raise AssertionError(

@@ -17,19 +17,20 @@ from torch import nn
 from engines.errors import UserError, unknown
 from exporter import catalog
 from exporter.models import Fold
-from exporter.tensors import QuantizedTensor
+from exporter.tensors import CodebookTensor, QuantizedTensor
 
 
 class Method(Protocol):
     """What a method module holds, beside its frozen `Options`.
 
     `NEEDS_CHANNEL_ABSMAX` asks for the inputs' largest magnitudes; `CHOOSES_FORMAT`: it takes `WeightSpec.candidates`;
-    `TRAINS`: it holds what `Trained` says too.
+    `TRAINS`: it holds what `Trained` says too; `CODEBOOKS`: it makes codebooks, and nothing else.
     """
 
     NEEDS_CHANNEL_ABSMAX: bool
     CHOOSES_FORMAT: bool
     TRAINS: bool
+    CODEBOOKS: bool
 
     def needs_moments(self, options: Any) -> bool:
         """Whether `quantize_weight` wants the second moments of the layer's inputs."""
@@ -46,7 +47,7 @@ class Method(Protocol):
 
     def quantize_weight(
         self, weight: torch.Tensor, spec: Any, axis: int, options: Any, moments: torch.Tensor | None = None
-    ) -> QuantizedTensor:
+    ) -> QuantizedTensor | CodebookTensor:
         """Returns the codes and scales of a weight; `axis` is the one that channels, or blocks, lie along.
 
         `moments` are E[x xᵀ] of what a row of the weight multiplies, [in, in].

@@ -24,6 +24,7 @@ from exporter.tensors import QuantizedTensor, spread
 
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = True
+CODEBOOKS = False
 CHOOSES_FORMAT = True
 factors = fp_search.factors
 STRETCH, SHIFT = 1.2, 0.1  # Source: AdaRound, equation 23 and below: ζ − γ with ζ = 1.1, γ = −0.1

@@ -19,6 +19,7 @@ from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for, sprea
 
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = False
+CODEBOOKS = False
 CHOOSES_FORMAT = True
 factors = rtn.factors
 

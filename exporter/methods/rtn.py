@@ -14,6 +14,7 @@ from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for
 
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = False
+CODEBOOKS = False
 CHOOSES_FORMAT = False
 
 

@@ -21,6 +21,7 @@ from exporter.tensors import QuantizedTensor
 
 NEEDS_CHANNEL_ABSMAX = True
 TRAINS = False
+CODEBOOKS = False
 CHOOSES_FORMAT = False
 FLOOR = 1e-5  # a channel that is silent in calibration still needs a finite factor (the paper's code uses the same)
 

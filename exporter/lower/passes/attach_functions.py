@@ -12,8 +12,12 @@ from exporter.ops import codebook
 
 class AttachFunctions(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        if used := any(node.domain == codebook.DOMAIN for node in model.graph):
-            body = codebook.function(model.opset_imports[""])
+        nodes = [node for node in model.graph if node.domain == codebook.DOMAIN]
+        for node in nodes:
+            node.overload = codebook.overload(node)
+        for overload in sorted({node.overload for node in nodes}):
+            body = codebook.function(model.opset_imports[""], overload)
             model.functions[body.identifier()] = body
+        if nodes:
             model.opset_imports[codebook.DOMAIN] = codebook.VERSION
-        return ir.passes.PassResult(model, modified=used)
+        return ir.passes.PassResult(model, modified=bool(nodes))

@@ -44,11 +44,22 @@ class AttachWeights(ir.passes.InPlacePass):
         owner, _, leaf = name.rpartition(".")
         if name not in self.stored:
             raise UserError(f"the quantized model holds no tensor {name!r}", fix="quantize the model again")
+        read = self.stored.raw
         if leaf == "weight_codes" and owner in self.specs:
-            value.type = ir.TensorType(ir.DataType[self.specs[owner].weight.onnx_type])
+            fmt = self.specs[owner].weight
+            value.type = ir.TensorType(ir.DataType[fmt.onnx_type])
+            if fmt.learned and fmt.bits == 6:  # two codes in three nibbles
+                shape = (shape[0], shape[1] // 2, 3)
+                value.shape = ir.Shape(shape)
+        elif leaf == "weight_codebook" and self.specs[owner].weight.bits != 6:
+            onnx_type = self.specs[owner].weight.onnx_type
+
+            def read(name: str) -> torch.Tensor:
+                return codebook.codebook_of(self.stored.raw(name), onnx_type)
+
         dtype = value.dtype
         value.const_value = ir.LazyTensor(
-            lambda: _tensor(self.stored.raw(name), dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name
+            lambda: _tensor(read(name), dtype, shape, name), dtype=dtype, shape=ir.Shape(shape), name=name
         )
 
 

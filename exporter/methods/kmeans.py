@@ -1,0 +1,84 @@
+"""k-means: the sub-vectors of a weight go to the nearest of a codebook of their own means.
+
+Source: VQ4DiT's starting point (methods.md section 3): k-means++ seeding and Lloyd's iterations; sub-vectors weigh by
+the second moments of the inputs they multiply, as in GPTVQ (van Baalen et al., arXiv 2402.15319, "Hessian-weighted").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engines.errors import UserError
+from exporter import clustering
+from exporter.formats.codebook import Format as CodebookFormat
+from exporter.methods import rtn
+from exporter.recipe import WeightSpec
+from exporter.tensors import CodebookTensor, scale_for
+
+NEEDS_CHANNEL_ABSMAX = False
+TRAINS = False
+CHOOSES_FORMAT = False
+CODEBOOKS = True
+factors = rtn.factors
+
+
+@dataclass(frozen=True)
+class Options:
+    """`importance`: sub-vectors weigh by E[x²] of their inputs; else alike. `iterations` of Lloyd's, at most."""
+
+    importance: bool = True
+    iterations: int = 100
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.iterations, int) or self.iterations < 1:
+            raise UserError(f"kmeans: iterations = {self.iterations}", fix="write a whole number, at least 1")
+
+
+def needs_moments(options: Options) -> bool:
+    return options.importance
+
+
+def quantize_weight(
+    weight: torch.Tensor, spec: WeightSpec, axis: int, options: Options, moments: torch.Tensor | None = None
+) -> CodebookTensor:
+    fmt = spec.format
+    assert isinstance(fmt, CodebookFormat)
+    scale = row_scale(weight) if spec.granularity == "channel" else None
+    rows = weight if scale is None else weight / scale[:, None]
+    vectors = rows.reshape(-1, fmt.vector_size).contiguous()
+    importance = importance_of(weight, scale, moments).reshape(vectors.shape)
+    codebook, _ = clustering.kmeans(vectors, fmt.codebook_size, importance, options.iterations)
+    codebook, scale = storable(codebook, scale, spec)
+    unit = 1.0 if spec.entries is None or scale is None else scale.reshape(-1, 1).expand(len(weight), 1)
+    ours = (weight / unit if spec.entries else rows).reshape(vectors.shape)
+    codes = clustering.assign(ours, codebook, importance)
+    return CodebookTensor(codes.to(fmt.carrier).reshape(len(weight), -1), codebook, scale, fmt)
+
+
+def row_scale(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the root mean square of every row, [out], as fp16 holds it; 1 for rows of zeros."""
+    rms = weight.square().mean(dim=1).sqrt().half().float()
+    return torch.where(rms > 0, rms, torch.ones_like(rms))
+
+
+def importance_of(weight: torch.Tensor, scale: torch.Tensor | None, moments: torch.Tensor | None) -> torch.Tensor:
+    """Returns what an error of each number of the (scaled) weight costs, [out, n], on average 1."""
+    inputs = torch.ones(weight.shape[1]) if moments is None else moments.diagonal().clamp(min=0)
+    inputs = inputs / inputs.mean() if float(inputs.sum()) > 0 else torch.ones_like(inputs)
+    outputs = torch.ones(len(weight)) if scale is None else scale.square() / scale.square().mean()
+    return (outputs[:, None] * inputs).clamp(min=1e-6)
+
+
+def storable(
+    codebook: torch.Tensor, scale: torch.Tensor | None, spec: WeightSpec
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the codebook in fp16's numbers, or beside quantized activations in their type's, with a scale.
+
+    A matmul in FP8 or INT8 takes codewords that are exact there; the scale, [] or [out], is applied after.
+    """
+    if spec.entries is None:
+        return codebook.half().float(), scale
+    unit = scale_for(codebook.abs().amax(), spec.entries)
+    return spec.entries.round(codebook / unit), unit if scale is None else (scale * unit).half().float()
