@@ -16,7 +16,7 @@ from typing import Any
 
 from engines.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 TIMINGS = "timings.json"  # measured, so outside every digest
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest is text about an artifact; more than this is not one of ours
@@ -269,7 +269,7 @@ def _finish(draft: Draft, path: Path, request: Request, started: float) -> None:
     manifest |= {"files": files, "info": draft.info}
     manifest["digest"] = digest_json(manifest)
     write_json(draft.path / MANIFEST, manifest)
-    write_json(draft.path / TIMINGS, {"seconds": time.monotonic() - started, **draft.timings})
+    write_json(draft.path / TIMINGS, {"seconds": time.monotonic() - started, "resumed": draft.resumed, **draft.timings})
     _fsync(draft.path)
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)

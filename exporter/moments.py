@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from exporter.modules import float_layer
+from exporter.samples import even_share
 
 GROUP_BYTES = 1 << 30  # of moments held at once: more layers take another pass over the calibration set
 ROWS = 1024  # of each batch, spread evenly: beyond that a moment hardly changes, and its time would
@@ -42,9 +43,10 @@ class Moments:
         self._layers = {path: float_layer(model, path) for path in paths}
         self._sums = {path: torch.zeros(width(model, path), width(model, path)) for path in paths}
         self._counts = dict.fromkeys(paths, 0)
+        self._generator = torch.Generator().manual_seed(0)
 
     def see(self, path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
-        rows = _rows(self._layers[path], x)
+        rows = _rows(self._layers[path], x, self._generator)
         self._sums[path].addmm_(rows.T, rows)
         self._counts[path] += len(rows)
 
@@ -53,11 +55,11 @@ class Moments:
         return self._sums.pop(path) / self._counts[path]
 
 
-def _rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _rows(layer: nn.Module, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Returns what outputs are computed from, [n, in], for at most ROWS of them."""
     if not isinstance(layer, nn.Conv2d):
         rows = x.flatten(0, -2)
-        return rows[:: -(-len(rows) // ROWS)]
+        return rows[even_share(len(rows), ROWS, generator)]
     assert not isinstance(layer.padding, str)
     up, left = layer.padding
     patches = F.pad(x, (left, left, up, up))
@@ -65,6 +67,5 @@ def _rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         size, stride, gap = (one[axis - 2] for one in (layer.kernel_size, layer.stride, layer.dilation))
         patches = patches.unfold(axis, (size - 1) * gap + 1, stride)[..., ::gap]
     patches = patches.permute(0, 2, 3, 1, 4, 5)  # [n, h, w, in, kh, kw]
-    count = patches.shape[:3].numel()
-    taken = torch.unravel_index(torch.arange(0, count, -(-count // ROWS)), patches.shape[:3])
-    return patches[taken].flatten(1)
+    taken = even_share(patches.shape[:3].numel(), ROWS, generator)
+    return patches[torch.unravel_index(taken, patches.shape[:3])].flatten(1)

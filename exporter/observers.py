@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 
 from exporter.formats import Format
+from exporter.samples import even_share
 
 OCTAVE_BITS = 8  # 256 bins to an octave: see Histogram
 LOWEST_EXPONENT = -24
 BINS = 64 << OCTAVE_BITS  # 64 octaves
-COUNTED = 1 << 20  # values of one tensor that a histogram counts, at most: one in so many, of a stride that is odd
+COUNTED = 1 << 20  # values of one tensor that a histogram counts, at most: an even share, drawn
 PERCENTILE = 99.99  # of |x|; a choice: the value most tools use for 8 bits
 # Clips tried, as shares of the largest magnitude. Source: methods.md section 1, "111 clips evenly over 0.1 … 1.2";
 # beyond 1 nothing is clipped and steps only widen for integers, but a floating-point grid may fall better.
@@ -53,11 +54,13 @@ class Histogram:
         self.counts = torch.zeros(BINS, dtype=torch.float64)
         self.sums = torch.zeros(BINS, dtype=torch.float64)
         self.largest = 0.0
+        self._generator = torch.Generator().manual_seed(0)
 
     def update(self, x: torch.Tensor) -> None:
         magnitude = x.detach().abs().flatten().float()
         self.largest = max(self.largest, float(magnitude.amax()))
-        magnitude = magnitude[:: -(-len(magnitude) // COUNTED) | 1]
+        if len(magnitude) > COUNTED:
+            magnitude = magnitude[even_share(len(magnitude), COUNTED, self._generator)]
         bits = magnitude.view(torch.int32) >> (23 - OCTAVE_BITS)
         index = (bits - ((127 + LOWEST_EXPONENT) << OCTAVE_BITS)).clamp_(0, BINS - 1)
         self.counts += torch.bincount(index, minlength=BINS)

@@ -19,6 +19,8 @@ from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError
 from exporter import methods, moments, observers, progress, quantized, reconstruct, scaling
 from exporter.checkpoint import Checkpoint
+from exporter.formats import Format
+from exporter.memory import peak_rss_bytes
 from exporter.models import Family
 from exporter.modules import (
     LayerSpec,
@@ -37,9 +39,11 @@ from exporter.ranges import FILE as RANGES
 from exporter.ranges import Ranges
 from exporter.recipe import Recipe, Rule
 from exporter.runners import TorchRunner, in_chunks
+from exporter.samples import CHUNK, Samples
 from exporter.tensors import QuantizedTensor, scale_for
 from exporter.versions import versions
 
+CHOICE = "weight_choice"  # beside a finished block's buffers: which of the formats to choose from
 BLOCKS = ".blocks"  # in a draft: what trained methods keep until all blocks are done
 REFERENCE_STEPS = 5  # first and last included
 # Rows of a reference feed. A rounding floor is made of few flipped codes, so few rows make it noisy: the FP8 engine of
@@ -75,6 +79,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         draft.info = _info(checkpoint, recipe, calibration, model, plan, factors)
         _add_quantized_outputs(reference, model, family, floors=plan.deployable)  # last: it leaves the model in fp16
         save_tensors(reference, draft.path / quantized.REFERENCE)
+        draft.timings["peak_rss_bytes"] = peak_rss_bytes()
     return artifacts.open_artifact(out, "quantized")
 
 
@@ -89,6 +94,12 @@ class Plan:
     @property
     def deployable(self) -> bool:
         return all(spec.deployable for spec in self.specs.values())
+
+    def choices(self, path: str) -> tuple[Format, ...]:
+        """Returns the weight formats that the layer's method chooses from."""
+        weight = self.rules[path].weight
+        assert weight is not None
+        return weight.choices if weight.candidates else (self.specs[path].weight,)
 
     def multiplying(self, paths: Sequence[str]) -> Plan:
         """Returns the plan with layers that multiply their own input."""
@@ -280,25 +291,34 @@ def _quantize_layers(
     blocks = _trained_blocks(model, family, plan)
     inside = {path for paths in blocks.values() for path in paths}
     if blocks:
-        options = [_method(plan, path)[1] for path in inside if _method(plan, path)[0].TRAINS]
-        rows = max(one.rows for one in options)
-        samples = reconstruct.Samples(data, rows, family.rows(reconstruct.CHUNK))
-        hold = max(one.hold_mb for one in options) << 20
+        samples = Samples(data, _training_rows(plan), family.rows(CHUNK))
         reconstruct.record_targets(model, family, list(blocks), samples, work)
     specs = _replace(model, plan, start, [path for path in plan.specs if path not in inside])
     for block, paths in blocks.items():
         done = work / block / "done.safetensors"
         if not done.exists():  # a kill left it, whole
+            hold = next(_method(plan, path)[1].hold_mb for path in paths if _method(plan, path)[0].TRAINS) << 20
             calls = reconstruct.Calls(model, family, block, samples, work, hold=hold)
             save_whole(_trained(model, block, paths, plan, start, calls), done)
         state = load_file(done)
         for path in paths:
             leaves = {name.removeprefix(f"{path}."): t for name, t in state.items() if name.startswith(f"{path}.")}
-            specs[path] = replace(plan.specs[path], weight=start.weight(model, path, plan).format)
+            specs[path] = replace(plan.specs[path], weight=plan.choices(path)[int(leaves.pop(CHOICE))])
             _put_quantized(model, path, specs[path], leaves)
         reconstruct.forget(block, work)
     shutil.rmtree(work, ignore_errors=True)
     return replace(plan, specs={path: specs[path] for path in plan.specs})
+
+
+def _training_rows(plan: Plan) -> int:
+    """Returns how many calibration rows are trained on; all blocks are trained on the same."""
+    asked = {_method(plan, path)[1].rows for path in plan.specs if _method(plan, path)[0].TRAINS}
+    if len(asked) > 1:
+        raise UserError(
+            f"rules train on {' and '.join(map(str, sorted(asked)))} rows, and all blocks are trained on the same",
+            fix="give every rule's method the same `rows`",
+        )
+    return int(asked.pop())
 
 
 def _trained_blocks(model: nn.Module, family: Family, plan: Plan) -> dict[str, list[str]]:
@@ -340,9 +360,11 @@ def _trained(
     sources = {path: float_layer(model, path) for path in paths}
     learners: dict[str, Any] = {}
     state: dict[str, dict[str, torch.Tensor]] = {}
+    chosen: dict[str, torch.Tensor] = {}
     for path in paths:
         tensor = start.weight(model, path, plan)
         spec = replace(plan.specs[path], weight=tensor.format)
+        chosen[path] = torch.tensor(plan.choices(path).index(tensor.format))
         method, options = _method(plan, path)
         if method.TRAINS:
             trainer, how = method, options
@@ -356,7 +378,8 @@ def _trained(
     state |= {path: learner.state() for path, learner in learners.items()}
     for path, source in sources.items():
         put(model, path, source)
-    return {f"{path}.{leaf}": tensor for path, leaves in state.items() for leaf, tensor in leaves.items()}
+    found = {f"{path}.{leaf}": tensor for path, leaves in state.items() for leaf, tensor in leaves.items()}
+    return found | {f"{path}.{CHOICE}": number for path, number in chosen.items()}
 
 
 def _feeds(data: CalibrationSet) -> Reference:

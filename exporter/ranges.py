@@ -59,7 +59,8 @@ def table(ranges: Json, layers: Mapping[str, Json]) -> Table:
             layer["block_size"]
         )
         activation = _spelled(layer["activation"]) if layer["activation"] else "float"
-        made.add_row(path, weight, activation + " (simulated)" * (not layer["deployable"]), *_seen(ranges, path))
+        weight += " (simulated)" * (not layer["deployable"])
+        made.add_row(path, weight, activation, *_seen(ranges, path))
     return made
 
 

@@ -51,10 +51,6 @@ class ActivationSpec:
     observer: str = "absmax"
     candidates: tuple[Format, ...] = ()
 
-    @property
-    def choices(self) -> tuple[Format, ...]:
-        return self.candidates or (self.format,)
-
 
 @dataclass(frozen=True)
 class MethodSpec:
@@ -292,13 +288,15 @@ def _activation(table: Any, where: str, deployable: bool) -> ActivationSpec:
     if not isinstance(observer, str) or observer not in observers.OBSERVERS:
         raise unknown("observer", str(observer), observers.OBSERVERS, where)
     candidates = _candidates(table, where, deployable)
-    if candidates and (deployable or observer not in observers.FITTING):
+    if candidates and deployable:
         raise UserError(
-            f"{where}: leaves the format open" + f", and observer {observer!r} compares none" * (not deployable),
-            fix='write observer = "mse"'
-            if not deployable
-            else "name it: int with 8 bits, or fp with 4 exponent and 3 "
-            "mantissa bits; or write deployable = false in the rule, to study what no engine multiplies",
+            f"{where}: leaves the format open",
+            fix="name it: int with 8 bits, or fp with 4 exponent and 3 mantissa bits; or write deployable = false in "
+            "the rule, to study what no engine multiplies",
+        )
+    if candidates and observer not in observers.FITTING:
+        raise UserError(
+            f"{where}: leaves the format open, and observer {observer!r} compares none", fix='write observer = "mse"'
         )
     fmt = candidates[0] if candidates else _format(table, where)
     if deployable and (fmt.bits != 8 or fmt.kind not in ("int8", "fp8")):

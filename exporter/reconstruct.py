@@ -8,7 +8,6 @@ and one block's are read at a time. A finished block is saved: a run that was ki
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from calib_data.store import CalibrationSet
 from calib_data.tensors import save_tensors
 from engines.errors import UserError
 from exporter import progress
 from exporter.models import Family
 from exporter.runners import TorchRunner
-
-CHUNK = 64  # rows of a file, at most: what the model is run on at once, and what a training batch is drawn from
-APART = 1 / 8  # of the trajectories: phases are judged by them, since whatever trains fits what it trains on
+from exporter.samples import Samples
 
 
 class Phase(Protocol):
@@ -51,56 +47,6 @@ class Phase(Protocol):
 
     def train(self, training: bool) -> None:
         """Told True before the iterations, False after: what ships is in force then."""
-
-
-class Samples:
-    """The calibration rows for all blocks: evenly over shards and steps, in a seeded random order.
-
-    `chunks` to train on, and behind them those of trajectories that are kept apart, to judge by what was learned.
-    """
-
-    def __init__(self, data: CalibrationSet, rows: int, chunk: int = CHUNK, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        train, judge = (_Picked(rows * share, len(data), generator) for share in (1.0, APART))
-        for shard in data.shards:
-            for _, feeds in data.read(shard):
-                apart = _apart(len(feeds["step"]))
-                train.pick(feeds, (~apart).nonzero().flatten())
-                judge.pick(feeds, apart.nonzero().flatten())
-        self.chunks = train.chunks(chunk)
-        self.training = len(self.chunks)
-        self.chunks += judge.chunks(chunk)
-
-
-class _Picked:
-    """Takes an even share of the rows of every record."""
-
-    def __init__(self, rows: float, records: int, generator: torch.Generator) -> None:
-        self._share, self._generator = rows / records, generator
-        self._seen, self._parts = 0, list[dict[str, torch.Tensor]]()
-
-    def pick(self, feeds: Mapping[str, torch.Tensor], among: torch.Tensor) -> None:
-        self._seen += 1
-        wanted = math.floor(self._seen * self._share) - math.floor((self._seen - 1) * self._share)
-        if wanted and len(among):
-            index = among[torch.randperm(len(among), generator=self._generator)[:wanted]]
-            self._parts.append({name: value[index] for name, value in feeds.items()})
-
-    def chunks(self, size: int) -> list[dict[str, torch.Tensor]]:
-        if not self._parts:
-            return []
-        joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-        order = torch.randperm(len(joined["step"]), generator=self._generator)
-        return [{n: value[order[i : i + size]] for n, value in joined.items()} for i in range(0, len(order), size)]
-
-
-def _apart(rows: int) -> torch.Tensor:
-    """Returns which rows of a record are not trained on: the same at every step, and so whole trajectories.
-
-    With guidance a record's second half is of the same trajectories as its first.
-    """
-    half = max(1, rows // 2)
-    return torch.arange(rows) % half >= half - int(half * APART)
 
 
 class _Reached(Exception):
@@ -158,14 +104,15 @@ class Calls:
     ) -> None:
         self._training, self._rows = samples.training, len(samples.chunks[0]["step"])
         self._chunks: list[dict[str, torch.Tensor] | Path] = []
-        self._constants: list[Any] = []
+        self._leaves: list[Any] = []  # of the last call: what is not batched is the same in all
+        self._batched: set[str] | None = None
         self._spec: Any = None
         held = 0
         for number, call in enumerate(_captured(model, family, block, samples)):
-            leaves, self._spec = pytree.tree_flatten(call)
+            self._leaves, self._spec = pytree.tree_flatten(call)
             rows = len(samples.chunks[number]["step"])
-            self._constants = [None if _is_batched(leaf, rows) else leaf for leaf in leaves]
-            tensors = {f"in{i}": leaf.contiguous() for i, leaf in enumerate(leaves) if _is_batched(leaf, rows)}
+            tensors = {f"in{i}": leaf.contiguous() for i, leaf in enumerate(self._leaves) if _is_batched(leaf, rows)}
+            self._batched = tensors.keys() & (tensors.keys() if self._batched is None else self._batched)
             targets = load_file(folder / block / f"target-{number:05d}.safetensors")
             tensors |= {f"out{name}": target for name, target in targets.items()}
             held += sum(tensor.nbytes for tensor in tensors.values())
@@ -176,15 +123,16 @@ class Calls:
             else:
                 self._chunks.append(tensors)
 
-    def batch(self, size: int, generator: torch.Generator) -> Call:
-        """Returns `size` rows, drawn: of one chunk, or where chunks are smaller of as few as it takes."""
+    def batch(self, size: int, generator: torch.Generator) -> Iterator[Call]:
+        """Yields `size` rows, drawn: of one chunk, or where chunks are smaller of as few as it takes, chunk by chunk.
+
+        So no more rows are in a block at once than the model is run on.
+        """
         count = min(-(-size // self._rows), self._training)
-        parts = []
         for number in torch.randint(self._training, (count,), generator=generator).tolist():
             chunk = self._read(number)
             index = torch.randperm(len(next(iter(chunk.values()))), generator=generator)[: size // count]
-            parts.append({name: tensor[index] for name, tensor in chunk.items()})
-        return self._call({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            yield self._call({name: tensor[index] for name, tensor in chunk.items()})
 
     def error(self, block: nn.Module) -> float:
         """Returns the relative error over the rows kept apart; over all, where there are too few to keep any."""
@@ -195,10 +143,11 @@ class Calls:
 
     def _read(self, number: int) -> dict[str, torch.Tensor]:
         chunk = self._chunks[number]
-        return load_file(chunk) if isinstance(chunk, Path) else chunk
+        tensors = load_file(chunk) if isinstance(chunk, Path) else chunk
+        return {name: t for name, t in tensors.items() if name.startswith("out") or name in (self._batched or ())}
 
     def _call(self, tensors: Mapping[str, torch.Tensor]) -> Call:
-        leaves = [tensors.get(f"in{i}", constant) for i, constant in enumerate(self._constants)]
+        leaves = [tensors.get(f"in{i}", leaf) for i, leaf in enumerate(self._leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         outputs = sum(name.startswith("out") for name in tensors)
         return Call(args, kwargs, [tensors[f"out{i}"] for i in range(outputs)])
@@ -260,7 +209,7 @@ def train_block(block: nn.Module, calls: Calls, phases: Sequence[Phase], batch: 
         phase.train(True)
         _iterate(block, calls, phase, batch, what)
         phase.train(False)
-        if calls.error(block) > error:
+        if not calls.error(block) <= error:  # NaN is no gain
             with torch.no_grad():
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
@@ -270,9 +219,12 @@ def _iterate(block: nn.Module, calls: Calls, phase: Phase, batch: int, what: str
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(phase.parameters(), lr=phase.rate, fused=True)
     for iteration in progress.track(range(phase.iterations), phase.iterations, what):
-        loss = relative_error(block, calls.batch(batch, generator))
-        loss = loss + phase.regularizer(iteration / phase.iterations)
         optimizer.param_groups[0]["lr"] = phase.rate * (1 - iteration / phase.iterations)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        parts = list(calls.batch(batch, generator))
+        for number, part in enumerate(parts, 1):
+            loss = relative_error(block, part) / len(parts)
+            if number == len(parts):
+                loss = loss + phase.regularizer(iteration / phase.iterations)
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

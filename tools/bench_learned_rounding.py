@@ -3,7 +3,8 @@
     python tools/bench_learned_rounding.py --out out/rounding
 
 Random weights, FP4 beside FP8, batch 32: a model of one block and one of two are each trained for few and for more
-iterations of the rounding; the difference is the iterations' own time. Prints JSON; `linear` is two blocks' over one's.
+iterations of the rounding; the difference is the iterations' own time. Prints JSON; `two_over_one` is two blocks' time
+over one's.
 """
 
 import json
@@ -34,8 +35,8 @@ def main(out: Path, iterations: tuple[int, int]) -> None:
         calibration = calibrate(checkpoint, out / f"{blocks}" / "calibration", samples=16)
         took = [seconds(checkpoint, calibration, n, out / f"{blocks}" / f"{n}") for n in (few, more)]
         rows.append({"blocks": blocks, "seconds_per_1000_iterations": 1000 * (took[1] - took[0]) / (more - few)})
-    linear = rows[1]["seconds_per_1000_iterations"] / rows[0]["seconds_per_1000_iterations"]
-    found = {"cpu": cpu(), "batch": 32, "tokens": 256, "width": 768, "rows": rows, "linear": linear}
+    two_over_one = rows[1]["seconds_per_1000_iterations"] / rows[0]["seconds_per_1000_iterations"]
+    found = {"cpu": cpu(), "batch": 32, "tokens": 256, "width": 768, "rows": rows, "two_over_one": two_over_one}
     click.echo(json.dumps(found | {"peak_rss_bytes": peak_rss_bytes()}, indent=1))
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engines.artifacts import Artifact, Json, digest_json, read_json, write_json
-from exporter import formats, methods, metrics, modules, moments, observers, quantized, recipe, tasks
+from engines.errors import UserError
+from exporter import formats, metrics, modules, moments, observers, quantized, recipe, tasks
 from exporter import quantize as quantizing
 from exporter.calibrate import calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.conditions import Conditions, validation_entries
 from exporter.images import SEED_OFFSET
-from exporter.memory import peak_rss_bytes
 from exporter.methods import fp_search
 from exporter.progress import note
 from exporter.recipe import Recipe, WeightSpec
@@ -141,8 +142,14 @@ def request_of(cell: Cell, job: Job, checkpoint: Checkpoint) -> Json:
     method = asked.rules[-1].method
     assert method is not None
     options = asdict(method.options)  # the defaults too: they may change
-    made = {"model": checkpoint.digest, "recipe": asked.digest, "method": method.name, "options": options}
-    return made | {"seed": job.seed, "samples": job.samples, "images": job.count(cell.name)}
+    made = {"recipe": asked.digest, "method": method.name, "options": options}
+    return shared_request(checkpoint, job) | made | {"images": [job.images, job.count(cell.name)]}
+
+
+def shared_request(checkpoint: Checkpoint, job: Job) -> Json:
+    """Returns what all cells of a model depend on; cells that differ in it are never shown in one table."""
+    libraries = {name: version(name) for name in ("torch", "diffusers")}
+    return {"model": checkpoint.digest, "seed": job.seed, "samples": job.samples, "images": job.images, **libraries}
 
 
 def calibration_of(checkpoint: Checkpoint, job: Job) -> Artifact:
@@ -156,6 +163,9 @@ class References:
     asked: Sequence[str]
     images: torch.Tensor
     again: torch.Tensor
+
+    def first(self, count: int) -> References:
+        return References(self.asked[:count], self.images[:count], self.again[:count])
 
 
 def references(checkpoint: Checkpoint, job: Job, count: int) -> References:
@@ -224,8 +234,7 @@ def compute(cell: Cell, job: Job) -> Json:
     calibration, count = calibration_of(checkpoint, job), job.count(cell.name)
     floats = references(checkpoint, job, count)
     source = quantizing.quantize(checkpoint, recipe_of(cell, job), calibration, job.work / cell.model / cell.name)
-    seconds = read_json(source.path / "timings.json")["seconds"]
-    peak = peak_rss_bytes()
+    timings = read_json(source.path / "timings.json")
     started = time.monotonic()
     model = quantized.load(source)
     for layer in quantized.quantized_layers(model).values():
@@ -233,7 +242,9 @@ def compute(cell: Cell, job: Job) -> Json:
     conditions, indices = conditions_of(checkpoint, job, count)
     runner = TorchRunner("quantized", model, checkpoint.family)
     images = draw(runner, checkpoint, conditions, indices, job.seed)
-    found = judge(checkpoint, images, floats)
+    found = judge(checkpoint, images[: job.images], floats.first(job.images))
+    if count > job.images:
+        found["many"] = judge(checkpoint, images, floats)
     weights = source.info["weights"]
     layers = source.info["layers"]
     main = [layer for layer in layers.values() if layer["activation"]]
@@ -248,8 +259,10 @@ def compute(cell: Cell, job: Job) -> Json:
         "layers": len(main),
         **found,
         "step_sqnr_db": step_sqnr(source),
-        "minutes": {"quantize": seconds / 60, "judge": (time.monotonic() - started) / 60},
-        "quantize_peak_rss_bytes": peak,
+        # of a run that went on after a kill the clock saw only the last part
+        "minutes": None if timings["resumed"] else timings["seconds"] / 60,
+        "judge_minutes": (time.monotonic() - started) / 60,
+        "peak_rss_bytes": timings["peak_rss_bytes"],
     }
 
 
@@ -275,7 +288,8 @@ def float_row(model: str, job: Job) -> Json:
     checkpoint = open_checkpoint(model)
     floats = references(checkpoint, job, job.images)
     parameters = quantizing.checkpoint_parameters(checkpoint)
-    return {"model": model, "parameters": parameters, "other_noise": judge(checkpoint, floats.again, floats)}
+    found = judge(checkpoint, floats.again, floats)
+    return {"request": shared_request(checkpoint, job), "parameters": parameters, "other_noise": found}
 
 
 def grids(model: str, job: Job) -> Json:
@@ -298,7 +312,7 @@ def grids(model: str, job: Job) -> Json:
             rows[path] |= grid_errors(modules.float_layer(net, path), plan.specs[path], seen.mean(path))
     for path, row in input_errors(net, family, paths, data).items():
         rows[path] |= row
-    return {"model": model, "samples": job.samples, "layers": list(rows.values())}
+    return {"request": shared_request(checkpoint, job), "layers": list(rows.values())}
 
 
 def weight_tails(layer: modules.FloatLayer) -> Json:
@@ -307,12 +321,12 @@ def weight_tails(layer: modules.FloatLayer) -> Json:
     return {"kurtosis": {"tensor": kurtosis(weight.flatten()[None]), "channel": kurtosis(weight)}}
 
 
-def kurtosis(rows: torch.Tensor) -> float:
+def kurtosis(rows: torch.Tensor) -> float | None:
     """Returns E[(x − E x)⁴] / E[(x − E x)²]² of rows [n, values], averaged; constant rows count for nothing."""
     centred = rows - rows.mean(dim=1, keepdim=True)
     second, fourth = centred.square().mean(dim=1), centred.pow(4).mean(dim=1)
     live = second > 0
-    return float((fourth[live] / second[live].square()).mean()) if live.any() else math.nan
+    return float((fourth[live] / second[live].square()).mean()) if live.any() else None
 
 
 GRIDS = {"int4": ("int", {"bits": 4}), "int8": ("int", {"bits": 8})} | {
@@ -331,9 +345,14 @@ def grid_errors(layer: modules.FloatLayer, spec: modules.LayerSpec, second: torc
         for name, (kind, options) in GRIDS.items():
             fmt = formats.load(kind, options, name)
             error, _ = fp_search.best_ranges(weight, WeightSpec(fmt, granularity), fmt, axis, second)
-            errors[name] = 10 * math.log10(signal / max(float(error.sum()), 1e-300))
+            errors[name] = db(signal, float(error.sum()))
         found["weight_db"][granularity] = errors
     return found
+
+
+def db(signal: float, noise: float) -> float | None:
+    """Returns 10·log10(signal / noise); nothing where one of them is zero."""
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
 
 
 def input_errors(net: nn.Module, family: Any, paths: Sequence[str], data: Any) -> dict[str, Json]:
@@ -348,8 +367,8 @@ def input_errors(net: nn.Module, family: Any, paths: Sequence[str], data: Any) -
         signal, errors = float(second), {}
         for name in ("int8", "e4m3"):
             kind, options = GRIDS[name]
-            errors[name] = 10 * math.log10(signal / max(observer.fit(formats.load(kind, options, name))[1], 1e-300))
-        tails = float(fourth * counts.sum() / second.square())
+            errors[name] = db(signal, observer.fit(formats.load(kind, options, name))[1])
+        tails = float(fourth * counts.sum() / second.square()) if signal else None
         found[path] = {"input_db": errors, "input_kurtosis": tails}
     return found
 
@@ -371,9 +390,17 @@ def _names(known: Sequence[str]) -> Any:
 @click.option("--granularities", callback=_names(GRANULARITIES), help=f"[default: {','.join(GRANULARITIES)}]")
 @click.option("--iterations", type=click.IntRange(min=1), help="of every trained method, per block (default: its own)")
 @click.option("--images", type=click.IntRange(min=16), help=f"of every cell [default: {IMAGES}]")
-@click.option("--samples", default=64, show_default=True, help="trajectories to calibrate on")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="trajectories to calibrate on"
+)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--jobs", default=1, show_default=True, help="cells at a time, each with its share of the cores")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="cells at a time, each with its share of the cores",
+)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default=Path("docs/methods"), show_default=True)
 @click.option("--document", type=click.Path(path_type=Path), default=Path("docs/methods.md"), show_default=True)
@@ -383,24 +410,32 @@ def main(
 ) -> None:  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // jobs)
     options = {"iterations": iterations} if iterations else {}
-    methods.options("fp_rounding", options, "--iterations")
     todo: list[tuple[Path, Any, tuple[Any, ...]]] = []
     for model in models:
         counts = (images, images) if images else IMAGES.get(model, OTHERS)
         job = Job(seed, samples, *counts, options, work, threads)
-        checkpoint = open_checkpoint(model)
+        checkpoint = _opened(model)
         references(checkpoint, job, job.images)
-        for name, function in (("float", float_row), ("grids", grids)):
-            path = results / model / f"{name}.json"
-            if not path.exists():
-                todo.append((path, function, (model, job)))
+        wanted: list[tuple[str, Json, Any, tuple[Any, ...]]] = [
+            (name, shared_request(checkpoint, job), function, (model, job))
+            for name, function in (("float", float_row), ("grids", grids))
+        ]
         for cell in cells([model], settings, granularities, kinds):
-            path = results / model / f"{cell.name}.json"
-            if not path.exists() or read_json(path)["request"] != request_of(cell, job, checkpoint):
-                todo.append((path, compute, (cell, job)))
+            wanted.append((cell.name, request_of(cell, job, checkpoint), compute, (cell, job)))
+        for name, request, function, arguments in wanted:
+            path = results / model / f"{name}.json"
+            if not path.exists() or read_json(path)["request"] != request:
+                todo.append((path, function, arguments))
     note(f"{len(todo)} cells to compute")
     run(todo, jobs)
     write_report(results, document)
+
+
+def _opened(model: str) -> Checkpoint:
+    try:
+        return open_checkpoint(model)
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def run(todo: Sequence[tuple[Path, Any, tuple[Any, ...]]], jobs: int) -> None:
@@ -409,17 +444,17 @@ def run(todo: Sequence[tuple[Path, Any, tuple[Any, ...]]], jobs: int) -> None:
     with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
         futures = {pool.submit(function, *arguments): path for path, function, arguments in todo}
         started = time.monotonic()
-        for number, future in enumerate(as_completed(futures), 1):
-            path = futures[future]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                path = futures[future]
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            spent = time.monotonic() - started
-            left = spent / number * (len(futures) - number)
-            note(f"{number} of {len(futures)}: {path}, {spent / 60:.1f} minutes, about {left / 60:.0f} left")
+                spent = time.monotonic() - started
+                left = spent / number * (len(futures) - number)
+                note(f"{number} of {len(futures)}: {path}, {spent / 60:.1f} minutes, about {left / 60:.0f} left")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 from scipy.stats import spearmanr
 
 from engines.artifacts import Json, read_json
 
 BEGIN, END = "<!-- compare_methods: begin -->", "<!-- compare_methods: end -->"
+SHARED = ("model", "seed", "samples", "images", "torch", "diffusers")  # of requests: alike in one table
 ORDER = ("rtn", "search", "learned")
 NAMES = {
     "int8-int8": "INT8 / INT8",
@@ -39,13 +40,22 @@ def write_report(results: Path, document: Path) -> None:
         if (grids := folder / "grids.json").exists():
             plot_grids(folder.name, read_json(grids), folder / "grids.png")
     text = document.read_text(encoding="utf-8") if document.exists() else f"{BEGIN}\n{END}\n"
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise click.ClickException(f"{document}: has not one line {BEGIN} and after it one {END}; write them")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     document.write_text(f"{before}{BEGIN}\n" + "\n".join(parts) + f"{END}{after}", encoding="utf-8")
 
 
 def read_cells(folder: Path) -> dict[str, Json]:
     """Returns the cells of a model by name, `float` and `grids` among them."""
-    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    first = next(iter(found), None)
+    for name, cell in found.items():
+        for key in SHARED:
+            ours, theirs = cell["request"].get(key), found[first]["request"].get(key)  # type: ignore[index]
+            if (ours[0] if isinstance(ours, list) else ours) != (theirs[0] if isinstance(theirs, list) else theirs):
+                raise click.ClickException(f"{folder}: {name} has {key} {ours}, {first} {theirs}: compute them alike")
+    return found
 
 
 def rows_of(found: Mapping[str, Json]) -> list[Json]:
@@ -97,7 +107,7 @@ def table(found: Mapping[str, Json]) -> list[str]:
 
 
 def cells_of(row: Json) -> list[str]:
-    cell, minutes, peak = row["cell"], row.get("minutes"), row.get("quantize_peak_rss_bytes")
+    cell, minutes, peak = row["cell"], row.get("minutes"), row.get("peak_rss_bytes")
     simulated = "" if row.get("deployable", True) else " (simulated)"
     return [
         NAMES.get(cell["setting"], cell["setting"]) + simulated,
@@ -109,7 +119,7 @@ def cells_of(row: Json) -> list[str]:
         interval(row["frechet"], 3),
         f"{row['step_sqnr_db']:.1f}" if row.get("step_sqnr_db") else "",
         str(row["images"]),
-        f"{minutes['quantize']:.1f}" if minutes else "",
+        f"{minutes:.1f}" if minutes else "",
         f"{peak / 1e9:.1f} GB" if peak else "",
     ]
 
@@ -137,6 +147,7 @@ def _claims(cells: Mapping[str, Json]) -> list[str]:
     told = []
     worst, ours = cells.get("int4-int8 rtn"), cells.get("fp8-fp8 learned")
     if worst and ours:
+        worst, ours = worst.get("many", worst), ours.get("many", ours)
         lost, other = (100 * cell["task"]["lost"]["ci95"][1] for cell in (ours, worst))
         ratio = ours["frechet"]["value"] / worst["frechet"]["value"]
         detected = worst["frechet"]["ci95"][0] > ours["frechet"]["ci95"][1]
@@ -153,8 +164,8 @@ def _claims(cells: Mapping[str, Json]) -> list[str]:
         _gain(cells, "auto-fp8 learned", "e2m1-fp8 rtn", 2.0),
         _gain(cells, "e2m1-fp8 learned", "e2m1-fp8 rtn", 2.0),
         _gain(cells, "auto-fp8 learned", "int4-int8 rtn", 0.0),
-        _gain(cells, "auto-fp8 search", "e2m1-fp8 search", -0.0),
-        _gain(cells, "auto-fp8 search", "e1m2-fp8 search", -0.0),
+        _gain(cells, "auto-fp8 search", "e2m1-fp8 search", 0.0),
+        _gain(cells, "auto-fp8 search", "e1m2-fp8 search", 0.0),
     ]
     for method in ORDER:
         for eight in (True, False):
@@ -168,9 +179,8 @@ def _gain(cells: Mapping[str, Json], ours: str, theirs: str, bar: float) -> str:
         return ""
     a, b = cells[ours]["psnr_db"], cells[theirs]["psnr_db"]
     gain = a["value"] - b["value"]
-    return (
-        f"{holds(gain >= bar)}: {ours} against {theirs}: {gain:+.2f} dB PSNR (bar {bar:g}), the intervals {apart(a, b)}"
-    )
+    told = holds(gain >= bar and (bar == 0 or apart(a, b) == "apart"))
+    return f"{told}: {ours} against {theirs}: {gain:+.2f} dB PSNR (bar {bar:g}), the intervals {apart(a, b)}"
 
 
 def _against(cells: Mapping[str, Json], fp: str, integer: str) -> str:
@@ -192,16 +202,25 @@ def apart(a: Json, b: Json) -> str:
 
 def advantages(grids: Json, granularity: str) -> list[tuple[float, float]]:
     """Returns per layer the kurtosis of its weight and what E2M1 has over the integers −7 … 7, dB."""
-    rows = [row for row in grids["layers"] if "weight_db" in row and math.isfinite(row["kurtosis"][granularity])]
+    rows = measured(grids)
     errors = [row["weight_db"][granularity] for row in rows]
     return [(row["kurtosis"][granularity], e["e2m1"] - e["e1m2"]) for row, e in zip(rows, errors, strict=True)]
+
+
+def measured(grids: Json) -> list[Json]:
+    """Returns the layers that have a figure of everything: not those in groups, nor such as hold or read only zeros."""
+    whole = [row for row in grids["layers"] if "weight_db" in row and None not in row["kurtosis"].values()]
+    figures = [
+        (row, [*row["input_db"].values(), *(e for g in row["weight_db"].values() for e in g.values())]) for row in whole
+    ]
+    return [row for row, values in figures if None not in values]
 
 
 def grid_lines(grids: Json) -> list[str]:
     """Returns on how many layers each 4-bit grid wins, and how that goes with the tails."""
     lines = []
     for granularity in ("channel", "tensor"):
-        rows = [row for row in grids["layers"] if "weight_db" in row]
+        rows = measured(grids)
         winners: dict[str, list[float]] = {}
         for row in rows:
             errors = {name: row["weight_db"][granularity][name] for name in ("e1m2", "e2m1", "e3m0")}
@@ -220,7 +239,7 @@ def grid_lines(grids: Json) -> list[str]:
             f"- 4-bit weights, {granularity} ranges, by the output's error, {len(rows)} layers: {won}. "
             f"E2M1 has {spread}; rank correlation with the kurtosis {rank.statistic:.2f} (p = {rank.pvalue:.1g})"
         )
-    inputs = [row for row in grids["layers"] if "input_db" in row]
+    inputs = measured(grids)
     gains = [row["input_db"]["e4m3"] - row["input_db"]["int8"] for row in inputs]
     rank = spearmanr([row["input_kurtosis"] for row in inputs], gains)
     lines.append(
@@ -229,7 +248,7 @@ def grid_lines(grids: Json) -> list[str]:
         f"kurtosis {rank.statistic:.2f} (p = {rank.pvalue:.1g})"
     )
     best = sorted(
-        ((row, row["weight_db"]["channel"]) for row in grids["layers"] if "weight_db" in row),
+        ((row, row["weight_db"]["channel"]) for row in measured(grids)),
         key=lambda r: r[1]["e2m1"] - r[1]["e1m2"],
     )
     lines += [

@@ -25,7 +25,7 @@ _LAYOUT = {
 
 @dataclass(frozen=True)
 class Format:
-    """Values (−1)^s · 2^(e−bias) · 1.m, subnormals at e = 0, bias 2^(E−1)−1; with 6 or 7 exponent bits 2^E−17.
+    """Values (−1)^s · 2^(e−bias) · 1.m, subnormals at e = 0, bias 2^(E−1)−1; with 6 or 7 exponent bits 2^E−16.
 
     That keeps the largest value below 2^16, so that fp16 holds the scales of these too: a scale moves any bias.
     Every code of a split other than E4M3 and E5M2 is a number: there are no infinities and no NaN, as in OCP's
@@ -49,7 +49,7 @@ class Format:
     @property
     def bias(self) -> int:
         return max(
-            int(2 ** (self.exponent_bits - 1)) - 1, int(2**self.exponent_bits) - 17 if self.exponent_bits > 5 else 0
+            int(2 ** (self.exponent_bits - 1)) - 1, int(2**self.exponent_bits) - 16 if self.exponent_bits > 5 else 0
         )
 
     @property

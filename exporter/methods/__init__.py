@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -97,6 +98,8 @@ def options(name: str, values: Mapping[str, Any], where: str) -> Any:
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, (int, float)):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise UserError(f"{where}: {key} = {value!r} is not {kind}", fix=f"the default is {default!r}")
+        if not math.isfinite(value):
+            raise UserError(f"{where}: {key} = {value!r} is no finite number", fix=f"the default is {default!r}")
     try:
         return cls(**values)
     except UserError as error:

@@ -59,6 +59,11 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UserError(f"fp_rounding: {name} = {value}", fix=f"write a whole number, at least {least}")
+        for name in ("rate", "activation_rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"fp_rounding: {name} = {getattr(self, name)}", fix="write a number above 0")
+        if self.regularizer < 0:
+            raise UserError(f"fp_rounding: regularizer = {self.regularizer}", fix="write 0 or more")
         if not 0 <= self.warmup < 1:
             raise UserError(f"fp_rounding: warmup = {self.warmup}", fix="write a share of the iterations, 0 … below 1")
 
@@ -198,6 +203,8 @@ class _Roundings:
     def train(self, training: bool) -> None:
         for layer in self._layers:
             layer.hard = not training
+            if not training:
+                layer.__dict__.pop("soft", None)  # and with it the graph it came from
 
 
 class _Ranges:

@@ -77,7 +77,7 @@ def test_the_table_shows_which_steps_were_clipped():
     assert "0…2 7" in first
     assert "9" in first
     assert "fp4 E2M1 per channel" in first
-    assert "int8 (simulated)" in first
+    assert "fp4 E2M1 per channel (simulated)" in first
     assert "simulated" not in second
     assert "–" in second
     assert "int8 per block of 64" in second

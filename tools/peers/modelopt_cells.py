@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,12 @@ import torch
 from torch import nn
 
 from calib_data.store import CalibrationSet
-from engines.artifacts import Json, read_json, write_json
+from engines.artifacts import Json, read_json
 from exporter import recipe
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.memory import peak_rss_bytes
-from exporter.progress import note
 from exporter.quantize import OBSERVED_ROWS, plan_layers
 from exporter.runners import TorchRunner
-from exporter.versions import versions
 
 PRESETS = {
     "FP8": "FP8_DEFAULT_CFG",
@@ -47,37 +46,36 @@ PRESETS = {
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default=Path("docs/methods"), show_default=True)
 def main(models: tuple[str, ...], images: int | None, samples: int, seed: int, work: Path, results: Path) -> None:
+    todo: list[tuple[Path, Any, tuple[Any, ...]]] = []
     for model in models:
         counts = (images, images) if images else compare.IMAGES.get(model, compare.OTHERS)
-        job = compare.Job(seed, samples, *counts, {}, work, torch.get_num_threads())
+        job = compare.Job(seed, samples, *counts, {}, work, 1)
         checkpoint = open_checkpoint(model)
-        for name, preset in PRESETS.items():
+        compare.references(checkpoint, job, job.images)
+        for name in PRESETS:
             path = results / model / f"modelopt.{name.lower().replace(' ', '-')}.json"
-            request = {
-                "model": checkpoint.digest,
-                "preset": preset,
-                "seed": seed,
-                "samples": samples,
-                "images": job.images,
-            }
-            request |= versions("nvidia-modelopt")
-            if not path.exists() or read_json(path)["request"] != request:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"request": request, **cell(checkpoint, name, preset, job)})
-                note(f"{path}")
+            if not path.exists() or read_json(path)["request"] != request_of(checkpoint, name, job):
+                todo.append((path, cell, (model, name, job)))
+    compare.run(todo, 1)
 
 
-def cell(checkpoint: Checkpoint, name: str, preset: str, job: compare.Job) -> Json:
+def request_of(checkpoint: Checkpoint, name: str, job: compare.Job) -> Json:
+    return compare.shared_request(checkpoint, job) | {"preset": PRESETS[name], "modelopt": version("nvidia-modelopt")}
+
+
+def cell(model_name: str, name: str, job: compare.Job) -> Json:
     """Quantizes with a preset, draws and judges."""
     import modelopt.torch.quantization as mtq
 
+    torch.set_num_threads(job.threads)
+    checkpoint = open_checkpoint(model_name)
     floats = compare.references(checkpoint, job, job.images)
     data = CalibrationSet(compare.calibration_of(checkpoint, job))
     family = checkpoint.family
     model = checkpoint.load()
     kept = [path for path, rule in plan_layers(model, family, recipe.load("fp8")).rules.items() if rule.weight is None]
     model = checkpoint.load()  # the plan split the skips
-    config = copy.deepcopy(getattr(mtq, preset))
+    config = copy.deepcopy(getattr(mtq, PRESETS[name]))
     config["quant_cfg"] += [{"quantizer_name": f"{path}.*", "enable": False} for path in kept]
 
     def forward_all(net: nn.Module) -> None:
@@ -94,12 +92,14 @@ def cell(checkpoint: Checkpoint, name: str, preset: str, job: compare.Job) -> Js
     conditions, indices = compare.conditions_of(checkpoint, job, job.images)
     images = compare.draw(TorchRunner("modelopt", model, family), checkpoint, conditions, indices, job.seed)
     return {
+        "request": request_of(checkpoint, name, job),
         "cell": {"model": checkpoint.name, "setting": f"ModelOpt {name}", "granularity": "preset", "method": "peer"},
         "bits_per_weight": bits_per_weight(model),
         "layers": len(_quantizers(model)),
         **compare.judge(checkpoint, images, floats),
-        "minutes": {"quantize": minutes, "judge": (time.monotonic() - started) / 60},
-        "quantize_peak_rss_bytes": peak,
+        "minutes": minutes,
+        "judge_minutes": (time.monotonic() - started) / 60,
+        "peak_rss_bytes": peak,
     }
 
 

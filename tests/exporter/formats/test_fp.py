@@ -101,7 +101,8 @@ def assert_same_codes(ours: torch.Tensor, theirs: np.ndarray, x: np.ndarray) -> 
 def test_every_code_is_worth_what_its_bits_say(split):
     fmt = Format(*split)
     exponent_bits, mantissa_bits = split
-    bias = 2 ** (exponent_bits - 1) - 1 if exponent_bits < 6 else 2**exponent_bits - 17  # the largest under 2^16
+    bias = 2 ** (exponent_bits - 1) - 1 if exponent_bits < 6 else 2**exponent_bits - 16
+    assert exponent_bits < 6 or fmt.max_value < 2**16
     for code, value in enumerate(fmt.values.tolist()):
         exponent = code >> mantissa_bits & 2**exponent_bits - 1
         fraction = Fraction(code & 2**mantissa_bits - 1, 2**mantissa_bits) + (exponent > 0)

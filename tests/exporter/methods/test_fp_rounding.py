@@ -119,7 +119,7 @@ class Worse:
 def calls_of(inputs, targets):
     calls = object.__new__(reconstruct.Calls)
     _, calls._spec = torch.utils._pytree.tree_flatten(((0,), {}))
-    calls._constants, calls._chunks = [None], [{"in0": inputs, "out0": targets}]
+    calls._leaves, calls._batched, calls._chunks = [None], {"in0"}, [{"in0": inputs, "out0": targets}]
     calls._training, calls._rows = 1, len(inputs)
     return calls
 
@@ -215,54 +215,42 @@ def test_calls_read_from_disk_are_those_held_in_memory(tiny, tmp_path):
     assert len(list((tmp_path / block).glob("call-*"))) == len(samples.chunks) == 3
     module = model.get_submodule(block)
     assert held.error(module) == stored.error(module) < 1e-10  # the float block gives the float targets
-    one, other = (calls.batch(8, torch.Generator().manual_seed(3)) for calls in (held, stored))
+    (one,), (other,) = (calls.batch(8, torch.Generator().manual_seed(3)) for calls in (held, stored))
     assert all(torch.equal(a, b) for a, b in zip(one.targets, other.targets, strict=True))
 
 
-def test_samples_are_spread_over_all_steps(tiny):
-    from calib_data.store import CalibrationSet
-
-    samples = reconstruct.Samples(CalibrationSet(tiny[1]), 100)
-    steps = torch.cat([chunk["step"] for chunk in samples.chunks[: samples.training]])
-    assert len(steps) == 100
-    counts = steps.bincount()
-    assert len(counts) == 4
-    assert counts.max() - counts.min() <= 2  # one for each of the two shards
-    assert len(set(steps[:16].tolist())) > 1  # in no order
-
-
-def test_what_judges_a_phase_is_of_trajectories_that_were_not_trained_on(tiny):
-    from calib_data.store import CalibrationSet
-
-    data = CalibrationSet(tiny[1])
-    samples = reconstruct.Samples(data, 100)
-    trajectory = {}
-    for shard in data.shards:
-        for _, feeds in data.read(shard):
-            trajectory |= {row.numpy().tobytes(): (shard, i) for i, row in enumerate(feeds["hidden_states"])}
-    seen = [{trajectory[row.numpy().tobytes()] for row in chunk["hidden_states"]} for chunk in samples.chunks]
-    trained, judged = set().union(*seen[: samples.training]), set().union(*seen[samples.training :])
-    assert len(trained) + len(judged) == len(set(trajectory.values()))
-    assert judged
-    assert not trained & judged
-
-
-def test_a_batch_is_drawn_from_as_many_chunks_as_it_takes():
+def test_a_batch_is_drawn_from_as_many_chunks_as_it_takes_one_at_a_time():
     x = torch.arange(40.0).reshape(40, 1)
     calls = calls_of(x[:8], x[:8])
     calls._chunks, calls._training = [{"in0": part, "out0": part} for part in x.split(8)], 4
-    drawn = calls.batch(20, torch.Generator().manual_seed(0))
-    assert torch.equal(drawn.args[0], drawn.targets[0])
-    assert 18 <= len(drawn.args[0]) <= 20
-    assert drawn.args[0].max() < 32  # none of the chunk that judges
-    assert len(calls.batch(8, torch.Generator().manual_seed(0)).args[0]) == 8
+    drawn = list(calls.batch(20, torch.Generator().manual_seed(0)))
+    assert [len(call.args[0]) for call in drawn] == [6, 6, 6]
+    assert all(torch.equal(call.args[0], call.targets[0]) for call in drawn)
+    assert max(float(call.args[0].max()) for call in drawn) < 32  # none of the chunk that judges
+    assert [len(call.args[0]) for call in calls.batch(8, torch.Generator().manual_seed(0))] == [8]
 
 
-def test_with_guidance_both_halves_of_a_trajectory_are_kept_apart():
-    apart = reconstruct._apart(32)
-    assert torch.equal(apart[:16], apart[16:])
-    assert int(apart.sum()) == 4
-    assert not reconstruct._apart(6).any()  # too few to keep any
+def test_what_is_not_batched_is_the_same_in_every_call():
+    calls = calls_of(torch.ones(8, 2), torch.ones(8, 2))
+    calls._leaves, calls._chunks = (
+        [None, "constant"],
+        [{"in0": torch.ones(8, 2), "in1": torch.zeros(8), "out0": torch.ones(8)}],
+    )
+    _, calls._spec = torch.utils._pytree.tree_flatten(((0, 0), {}))
+    (call,) = calls.batch(4, torch.Generator().manual_seed(0))
+    assert call.args[1] == "constant"
+
+
+def test_a_phase_that_ends_in_nan_is_taken_back():
+    torch.manual_seed(0)
+    block, x = nn.Linear(8, 8), torch.randn(64, 8)
+    before = block.weight.detach().clone()
+
+    class Diverges(Worse):
+        rate = float("inf")
+
+    reconstruct.train_block(block, calls_of(x, torch.randn(64, 8)), [Diverges(block)], 16, "test")
+    assert torch.equal(block.weight, before)
 
 
 def test_a_phase_that_only_fits_what_it_trained_on_is_taken_back():
@@ -286,6 +274,20 @@ def test_a_phase_that_only_fits_what_it_trained_on_is_taken_back():
     assert torch.equal(block.weight, before)
 
 
+def test_rules_that_train_on_different_rows_are_refused(tiny, tmp_path):
+    kept, rule = rules("fp_rounding", **SHORT)
+    other = rules("fp_rounding", **SHORT | {"rows": 64})[1] | {"layers": "transformer_blocks.0.*"}
+    with pytest.raises(UserError, match="64 and 128 rows") as raised:
+        quantized_with(tiny, tmp_path / "quantized", [kept, other, rule])
+    assert "same `rows`" in raised.value.fix
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_that_are_no_finite_numbers_are_refused(value):
+    with pytest.raises(UserError, match=r"rate = .* is no finite number"):
+        methods.options("fp_rounding", {"rate": value}, "rule 1")
+
+
 def test_two_trainings_in_one_block_are_refused(tiny, tmp_path):
     kept, rule = rules("fp_rounding", **SHORT)
     other = rules("fp_rounding", **SHORT | {"rate": 0.3})[1] | {"layers": "*.attn1.*"}
@@ -296,7 +298,18 @@ def test_two_trainings_in_one_block_are_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("iterations", 0), ("batch", 1.5), ("rows", 64.0), ("activation_iterations", -1), ("warmup", 1.0)],
+    [
+        ("iterations", 0),
+        ("batch", 1.5),
+        ("rows", 64.0),
+        ("activation_iterations", -1),
+        ("warmup", 1.0),
+        ("hold_mb", -1),
+        ("rate", -0.2),
+        ("rate", 0),
+        ("activation_rate", 0.0),
+        ("regularizer", -5),
+    ],
 )
 def test_options_without_sense_are_refused(key, value):
     with pytest.raises(UserError, match=key):

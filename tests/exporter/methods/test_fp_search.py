@@ -134,14 +134,19 @@ def test_moments_are_those_of_what_each_output_sums(layer):
 
 def test_of_many_positions_of_a_convolution_a_share_is_taken(monkeypatch):
     layer, x = nn.Conv2d(3, 4, 3, padding=1, stride=2), torch.randn(5, 3, 20, 20)
-    whole = moments._rows(layer, x)
+    generator = torch.Generator().manual_seed(0)
+    whole = moments._rows(layer, x, generator)
     assert len(whole) == 5 * 10 * 10
     assert torch.allclose(
         whole @ layer.weight.flatten(1).T + layer.bias, layer(x).movedim(1, -1).flatten(0, 2), atol=1e-5
     )
     monkeypatch.setattr(moments, "ROWS", 100)
-    part = moments._rows(layer, x)
-    assert torch.equal(part, whole[::5])
+    part = moments._rows(layer, x, generator)
+    assert len(part) == 100
+    places = [int((whole == row).all(dim=1).nonzero()[0]) for row in part]
+    assert [place // 5 for place in places] == list(range(100))  # one of every five
+    assert {place % 10 for place in places} == set(range(10))  # every column, every row
+    assert {place // 10 % 10 for place in places} == set(range(10))
 
 
 def test_groups_of_moments_are_bounded(monkeypatch):
