@@ -21,14 +21,14 @@ def distances(vectors: torch.Tensor, codebook: torch.Tensor, importance: torch.T
 def assign(vectors: torch.Tensor, codebook: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """Returns the nearest codeword of every sub-vector [n, d]: codes [n], int64."""
     step = max(1, CHUNK_NUMBERS // len(codebook))
-    parts = zip(vectors.split(step), importance.split(step), strict=True)
+    parts = zip(torch.split(vectors, step), torch.split(importance, step), strict=True)
     return torch.cat([distances(part, codebook, weights).argmin(dim=1) for part, weights in parts])
 
 
 def centroids(
     vectors: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor, codebook: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns every codeword as the weighted mean of its sub-vectors, and how many it has; one without keeps its place."""
+    """Returns every codeword as its sub-vectors' weighted mean, and how many it has; one without keeps its place."""
     weights, sums = torch.zeros_like(codebook), torch.zeros_like(codebook)
     weights.index_add_(0, codes, importance)
     sums.index_add_(0, codes, importance * vectors)

@@ -238,14 +238,13 @@ class CodebookLayer(QuantizedLayer):
         return rows if self.conv else rows.T
 
     def _traced_weight(self) -> torch.Tensor:
-        rows = self._turned(codebook.dequantize(self.weight_codes, self.weight_codebook))
-        axis, granularity = (0 if self.conv else 1), self.spec.granularity
+        rows = codebook.dequantize(self.weight_codes, self.weight_codebook)
         if self.spec.activation:
-            rows = qdq.quantize(rows, self.weight_unit, self.weight_zero_point)
-            return qdq.dequantize(rows, self.weight_scale, None, axis, 0)
-        if granularity == "channel":
-            return times_scale(rows, self.weight_scale, granularity, axis, 0)
-        return rows
+            codes = qdq.quantize(rows, self.weight_unit, self.weight_zero_point)
+            rows = qdq.dequantize(codes, self.weight_scale, None, 0, 0)
+        elif self.spec.granularity == "channel":
+            rows = times_scale(rows, self.weight_scale, "channel", 0, 0)
+        return self._turned(rows)
 
 
 def quantized_layer(source: FloatLayer, spec: LayerSpec) -> QuantizedLayer:

@@ -168,8 +168,23 @@ def load_layer(stored: StoredTensors, path: str, spec: LayerSpec, source: nn.Mod
 
 
 def _restored(raw: torch.Tensor, like: torch.Tensor, layer: QuantizedLayer | None, leaf: str) -> torch.Tensor:
-    if layer is not None and leaf == "weight_codes":
+    if layer is None:
+        return raw.to(like.dtype)
+    codes = leaf == "weight_codes"
+    wanted = pack(torch.empty_like(like), layer.spec.weight).shape if codes else like.shape
+    if raw.shape != wanted:
+        raise UserError(
+            f"a quantized layer of {tuple(layer.weight_shape)} holds {leaf} {tuple(raw.shape)}, and its format wants "
+            f"{tuple(wanted)}",
+            fix="quantize the model again",
+        )
+    if codes:
         return unpack(raw, layer.spec.weight, like)
+    if raw.is_floating_point() and not raw.isfinite().all():
+        raise UserError(
+            f"a quantized layer of {tuple(layer.weight_shape)} holds {leaf} with NaN or infinity",
+            fix="quantize it again",
+        )
     return raw.to(like.dtype)
 
 

@@ -67,6 +67,8 @@ def table(ranges: Json, layers: Mapping[str, Json]) -> Table:
 def _spelled(fmt: Json) -> str:
     if fmt["format"] == "fp":
         return f"fp{1 + fmt['exponent_bits'] + fmt['mantissa_bits']} E{fmt['exponent_bits']}M{fmt['mantissa_bits']}"
+    if fmt["format"] == "codebook":
+        return f"codebook {fmt['codebook_size']}×{fmt['vector_size']}"
     return f"{fmt['format']}{fmt['bits']}"
 
 

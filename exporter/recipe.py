@@ -235,6 +235,11 @@ def _rule(table: Any, where: str) -> Rule:
     if "activation" in table:
         activation = _activation(table["activation"], f"{where}, activation", rule.deployable)
     if activation and weight.format.learned:
+        if weight.granularity == "channel":
+            raise UserError(
+                f"{where}: a codebook scaled per channel beside quantized activations, on which TensorRT-RTX crashes",
+                fix='use granularity "tensor"',
+            )
         weight = replace(weight, entries=activation.format)
     elif activation and rule.deployable:
         _check_pair(weight, activation, where)

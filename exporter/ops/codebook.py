@@ -1,16 +1,18 @@
 """CodebookDequantizeLinear: weights that a graph decodes by looking their codes up in a table.
 
-    scalar          codes of any shape, INT4 or INT8; codebook [entries]: weight[i] = codebook[codes[i] + entries / 2]
-    vectors         codes [out, n], INT4 or INT8; codebook [entries, d]: weight [out, n · d], entries as above
-    vectors6        codes [out, n / 2, 3] INT4, two of 6 bits in three nibbles less 8; codebook [64, d]: [out, n · d]
+    scalar      codes of any shape, INT4 or INT8; codebook [entries]: weight[i] = codebook[codes[i] + entries / 2]
+    vectors     codes [out, n], INT4 or INT8; codebook [entries, d]: weight [out, n · d], entries as above
+    vectors6    codes [out, n / 2, 3] INT4, two codes in three nibbles less 8; codebook [64, d]: as above
 
 One node with a model-local function body of standard nodes: a runtime that has a kernel of this name uses that, any
-other inlines the body; the three are overloads of one name. A body begins with a DequantizeLinear, since that is what no
-constant folder expands, and so what keeps the weight compressed. Source: facts.md section 1, the forms measured on
+other inlines the body; the three are overloads of one name. A body begins with a DequantizeLinear, since that is what
+no constant folder expands, and so what keeps the weight compressed. Source: facts.md section 1, the forms measured on
 TensorRT-RTX and ONNX Runtime.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -22,7 +24,7 @@ ENTRIES = {"INT4": 16, "INT8": 256}  # of the table, by the type that holds the 
 def dequantize(codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Emits the op: for codes of any shape and a table [entries], or for codes [out, n] and codewords [entries, d]."""
     vector_size = codebook.shape[1] if codebook.ndim == 2 else 1
-    attributes: dict[str, int] = {"vector_size": vector_size, "bits": _bits(len(codebook))}
+    attributes: dict[str, Any] = {"vector_size": vector_size, "bits": _bits(len(codebook))}
     shape = codes.shape if codebook.ndim == 1 else torch.Size([codes.shape[0], codes.shape[1] * vector_size])
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{NAME}", [codes, codebook], attributes, dtype=codebook.dtype, shape=shape, version=VERSION
