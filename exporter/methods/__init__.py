@@ -98,9 +98,13 @@ def options(name: str, values: Mapping[str, Any], where: str) -> Any:
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, (int, float)):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise UserError(f"{where}: {key} = {value!r} is not {kind}", fix=f"the default is {default!r}")
-        if not math.isfinite(value):
-            raise UserError(f"{where}: {key} = {value!r} is no finite number", fix=f"the default is {default!r}")
     try:
-        return cls(**values)
+        made = cls(**values)  # first: it may know the range that is missed
     except UserError as error:
         raise UserError(f"{where}: {error.what}", fix=error.fix) from error
+    for key, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{where}: {key} = {value!r} is no finite number", fix=f"the default is {known[key].default!r}"
+            )
+    return made
