@@ -240,6 +240,11 @@ def _rule(table: Any, where: str) -> Rule:
                 f"{where}: a codebook scaled per channel beside quantized activations, on which TensorRT-RTX crashes",
                 fix='use granularity "tensor"',
             )
+        if activation.candidates:
+            raise UserError(
+                f"{where}: a codebook beside activations of an open format: its numbers are stored in that format",
+                fix="name the activations' format",
+            )
         weight = replace(weight, entries=activation.format)
     elif activation and rule.deployable:
         _check_pair(weight, activation, where)
@@ -292,6 +297,8 @@ def _activation(table: Any, where: str, deployable: bool) -> ActivationSpec:
     observer = table.get("observer", "absmax")
     if not isinstance(observer, str) or observer not in observers.OBSERVERS:
         raise unknown("observer", str(observer), observers.OBSERVERS, where)
+    if table.get("format") == "codebook":
+        raise UserError(f"{where}: codebooks are for weights", fix="use int or fp")
     candidates = _candidates(table, where, deployable)
     if candidates and deployable:
         raise UserError(

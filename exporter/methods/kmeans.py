@@ -47,13 +47,15 @@ def quantize_weight(
     assert isinstance(fmt, CodebookFormat)
     scale = row_scale(weight) if spec.granularity == "channel" else None
     rows = weight if scale is None else weight / scale[:, None]
-    vectors = rows.reshape(-1, fmt.vector_size).contiguous()
-    importance = importance_of(weight, scale, moments).reshape(vectors.shape)
+    importance = importance_of(weight, scale, moments)
+    vectors, importance = (x.reshape(-1, fmt.vector_size).contiguous() for x in (rows, importance))
     codebook, _ = clustering.kmeans(vectors, fmt.codebook_size, importance, options.iterations)
-    codebook, scale = storable(codebook, scale, spec)
-    unit = 1.0 if spec.entries is None or scale is None else scale.reshape(-1, 1).expand(len(weight), 1)
-    ours = (weight / unit if spec.entries else rows).reshape(vectors.shape)
-    codes = clustering.assign(ours, codebook, importance)
+    if spec.entries:  # a matmul in FP8 or INT8 takes codewords that are exact there, and one scale after
+        scale = scale_for(codebook.abs().amax(), spec.entries)
+        codebook, vectors = spec.entries.round(codebook / scale), vectors / scale
+    else:
+        codebook = codebook.half().float()
+    codes = clustering.assign(vectors, codebook, importance)
     return CodebookTensor(codes.to(fmt.carrier).reshape(len(weight), -1), codebook, scale, fmt)
 
 
@@ -69,16 +71,3 @@ def importance_of(weight: torch.Tensor, scale: torch.Tensor | None, moments: tor
     inputs = inputs / inputs.mean() if float(inputs.sum()) > 0 else torch.ones_like(inputs)
     outputs = torch.ones(len(weight)) if scale is None else scale.square() / scale.square().mean()
     return (outputs[:, None] * inputs).clamp(min=1e-6)
-
-
-def storable(
-    codebook: torch.Tensor, scale: torch.Tensor | None, spec: WeightSpec
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the codebook in fp16's numbers, or beside quantized activations in their type's, with a scale.
-
-    A matmul in FP8 or INT8 takes codewords that are exact there; the scale, [] or [out], is applied after.
-    """
-    if spec.entries is None:
-        return codebook.half().float(), scale
-    unit = scale_for(codebook.abs().amax(), spec.entries)
-    return spec.entries.round(codebook / unit), unit if scale is None else (scale * unit).half().float()

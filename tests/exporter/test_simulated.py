@@ -136,6 +136,21 @@ def test_an_observer_that_compares_no_formats_cannot_leave_them_open():
     assert "mse" in raised.value.fix
 
 
+@pytest.mark.parametrize(
+    ("activation", "named", "fix"),
+    [
+        (open_split(6), "beside activations of an open format", "name the"),
+        ({"format": "codebook"}, "are for weights", "int"),
+    ],
+    ids=["open", "codebook"],
+)
+def test_codebooks_beside_activations_without_a_grid_are_refused(activation, named, fix):
+    weight = {"format": "codebook", "vector_size": 4, "codebook_size": 256}
+    with pytest.raises(UserError, match=named) as raised:
+        recipes.parse("test", study(weight, activation, "kmeans"))
+    assert fix in raised.value.fix
+
+
 def test_formats_that_no_matmul_takes_together_may_be_studied(tiny, tmp_path):
     checkpoint, calibration = tiny
     source = study({"format": "int", "bits": 4, "granularity": "block", "block_size": 16}, open_split(4), "rtn")
