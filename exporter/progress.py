@@ -19,8 +19,11 @@ def note(text: str) -> None:
     _console().print(text, highlight=False, markup=False)
 
 
-def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Yields the items under a progress bar with the time left; without a terminal, one line at the end."""
+def track(items: Iterable[T], total: int, what: str, *, done: int = 0) -> Iterator[T]:
+    """Yields the items under a progress bar with the time left; without a terminal, one line at the end.
+
+    `done` of the `total` were done before.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -32,7 +35,7 @@ def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
     columns = (TextColumn("{task.description:>28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=_console()) as progress:
-        yield from progress.track(items, total=total, description=what)
+        yield from progress.track(items, total=total, completed=done, description=what)
 
 
 def stdout() -> Console:

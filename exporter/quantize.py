@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from calib_data.store import CalibrationSet
-from calib_data.tensors import save_tensors, save_whole
+from calib_data.tensors import save_tensors
 from engines import artifacts
 from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError
-from exporter import methods, moments, observers, progress, quantized, reconstruct, scaling
+from exporter import methods, moments, observers, progress, quantized, scaling
 from exporter.checkpoint import Checkpoint
-from exporter.formats import Format
 from exporter.memory import peak_rss_bytes
 from exporter.models import Family
-from exporter.modules import (
-    LayerSpec,
-    StepContext,
-    channel_axis,
-    facts,
-    fitting,
-    float_layer,
-    float_layers,
-    oriented,
-    put,
-    quantized_layer,
-    split_inputs,
-)
+from exporter.modules import StepContext
+from exporter.plan import Plan, plan_layers
 from exporter.ranges import FILE as RANGES
 from exporter.ranges import Ranges
-from exporter.recipe import Recipe, Rule
+from exporter.recipe import Recipe
 from exporter.runners import TorchRunner, in_chunks
-from exporter.samples import CHUNK, Samples
-from exporter.tensors import QuantizedTensor, scale_for
+from exporter.swap import Start, quantize_weight, swap_layers
+from exporter.tensors import CodebookTensor, QuantizedTensor, scale_for
 from exporter.versions import versions
 
-CHOICE = "weight_choice"  # beside a finished block's buffers: which of the formats to choose from
 BLOCKS = ".blocks"  # in a draft: what trained methods keep until all blocks are done
 REFERENCE_STEPS = 5  # first and last included
 # Rows of a reference feed. A rounding floor is made of few flipped codes, so few rows make it noisy: the FP8 engine of
@@ -72,7 +57,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         plan = plan.multiplying(scaling.apply(model, family.folds(model), factors))
         plan, scales, seen = _activations(model, family, plan, data)
         start = Start(_weights_by_inputs(model, family, plan, data), scales)
-        plan = _quantize_layers(model, family, plan, start, data, draft.path / BLOCKS)
+        plan = swap_layers(model, family, plan, start, data, draft.path / BLOCKS)
         quantized.save(model, draft.path)
         scaling.save(factors, draft.path)
         artifacts.write_json(draft.path / RANGES, seen.to_json(_ends(model)))
@@ -81,60 +66,6 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         save_tensors(reference, draft.path / quantized.REFERENCE)
         draft.timings["peak_rss_bytes"] = peak_rss_bytes()
     return artifacts.open_artifact(out, "quantized")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every layer's rule, how those that are not kept are quantized, and which convolutions were split at a skip."""
-
-    rules: Mapping[str, Rule]
-    specs: Mapping[str, LayerSpec]
-    splits: Mapping[str, int]
-
-    @property
-    def deployable(self) -> bool:
-        return all(spec.deployable for spec in self.specs.values())
-
-    def choices(self, path: str) -> tuple[Format, ...]:
-        """Returns the weight formats that the layer's method chooses from."""
-        weight = self.rules[path].weight
-        assert weight is not None
-        return weight.choices if weight.candidates else (self.specs[path].weight,)
-
-    def multiplying(self, paths: Sequence[str]) -> Plan:
-        """Returns the plan with layers that multiply their own input."""
-        return replace(self, specs=dict(self.specs) | {p: replace(self.specs[p], multiplied=True) for p in paths})
-
-
-def layer_specs(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, LayerSpec]:
-    """Returns how a recipe would quantize a model, from its shapes alone."""
-    return dict(plan_layers(checkpoint.skeleton(), checkpoint.family, recipe).specs)
-
-
-def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
-    """Assigns rules to layers, and splits the convolutions that they say to split, in place."""
-    layers = float_layers(model)
-    assigned = recipe.assign({path: facts(layer) for path, layer in layers.items()}, family.blocks(model))
-    splits = {
-        path: first
-        for path, first in family.skips(model).items()
-        if assigned[path].split_skips and assigned[path].activation
-    }
-    split_inputs(model, splits)
-    layers = float_layers(model)
-    rules = {path: assigned[path if path in assigned else path.rpartition(".")[0]] for path in layers}
-    specs = {}
-    for path, rule in rules.items():
-        if rule.weight is None:
-            continue
-        activation = rule.activation.format if rule.activation else None
-        weight = rule.weight
-        spec = LayerSpec(weight.format, weight.granularity, weight.block_size, activation, deployable=rule.deployable)
-        choices = fitting(path, layers[path], spec, rule.weight.choices)
-        specs[path] = replace(spec, weight=choices[0])
-        if rule.weight.candidates:
-            rules[path] = replace(rule, weight=replace(rule.weight, format=choices[0], candidates=choices))
-    return Plan(rules, specs, splits)
 
 
 def _factors(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet) -> dict[str, torch.Tensor]:
@@ -237,7 +168,7 @@ def watch_inputs(
 
 def _weights_by_inputs(
     model: nn.Module, family: Family, plan: Plan, data: CalibrationSet
-) -> dict[str, QuantizedTensor]:
+) -> dict[str, QuantizedTensor | CodebookTensor]:
     """Quantizes the weights of the layers whose method looks at their inputs, while all are still float."""
     paths = []
     for path in plan.specs:
@@ -249,137 +180,8 @@ def _weights_by_inputs(
         seen = moments.Moments(model, group)
         watch_inputs(model, family, group, data, seen.see, "inputs' second moments")
         for path in progress.track(group, len(group), "searching (layers)"):
-            found[path] = _quantize_weight(model, path, plan, seen.mean(path))
+            found[path] = quantize_weight(model, path, plan, seen.mean(path))
     return found
-
-
-@dataclass(frozen=True)
-class Start:
-    """What quantization starts from: weights that were chosen by their inputs, and the scales of activations."""
-
-    weights: dict[str, QuantizedTensor]
-    scales: Mapping[str, torch.Tensor]
-
-    def weight(self, model: nn.Module, path: str, plan: Plan) -> QuantizedTensor:
-        return self.weights[path] if path in self.weights else _quantize_weight(model, path, plan)
-
-    def state(self, path: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """Returns the buffers of the quantized layer."""
-        return tensor.buffers() | ({"activation_scale": self.scales[path]} if path in self.scales else {})
-
-
-def _quantize_weight(
-    model: nn.Module, path: str, plan: Plan, second_moments: torch.Tensor | None = None
-) -> QuantizedTensor:
-    source, spec = float_layer(model, path), plan.specs[path]
-    method, options = _method(plan, path)
-    weight, axis = oriented(source, spec), channel_axis(source, spec)
-    found: QuantizedTensor = method.quantize_weight(weight, plan.rules[path].weight, axis, options, second_moments)
-    return found
-
-
-def _method(plan: Plan, path: str) -> tuple[Any, Any]:
-    spec = plan.rules[path].method
-    assert spec is not None
-    return methods.load(spec.name), spec.options
-
-
-def _quantize_layers(
-    model: nn.Module, family: Family, plan: Plan, start: Start, data: CalibrationSet, work: Path
-) -> Plan:
-    """Swaps float layers for quantized ones, those of trained blocks last; returns the plan with the chosen formats."""
-    blocks = _trained_blocks(model, family, plan)
-    inside = {path for paths in blocks.values() for path in paths}
-    if blocks:
-        samples = Samples(data, _training_rows(plan), family.rows(CHUNK))
-        reconstruct.record_targets(model, family, list(blocks), samples, work)
-    specs = _replace(model, plan, start, [path for path in plan.specs if path not in inside])
-    for block, paths in blocks.items():
-        done = work / block / "done.safetensors"
-        if not done.exists():  # a kill left it, whole
-            hold = next(_method(plan, path)[1].hold_mb for path in paths if _method(plan, path)[0].TRAINS) << 20
-            calls = reconstruct.Calls(model, family, block, samples, work, hold=hold)
-            save_whole(_trained(model, block, paths, plan, start, calls), done)
-        state = load_file(done)
-        for path in paths:
-            leaves = {name.removeprefix(f"{path}."): t for name, t in state.items() if name.startswith(f"{path}.")}
-            specs[path] = replace(plan.specs[path], weight=plan.choices(path)[int(leaves.pop(CHOICE))])
-            _put_quantized(model, path, specs[path], leaves)
-        reconstruct.forget(block, work)
-    shutil.rmtree(work, ignore_errors=True)
-    return replace(plan, specs={path: specs[path] for path in plan.specs})
-
-
-def _training_rows(plan: Plan) -> int:
-    """Returns how many calibration rows are trained on; all blocks are trained on the same."""
-    asked = {_method(plan, path)[1].rows for path in plan.specs if _method(plan, path)[0].TRAINS}
-    if len(asked) > 1:
-        raise UserError(
-            f"rules train on {' and '.join(map(str, sorted(asked)))} rows, and all blocks are trained on the same",
-            fix="give every rule's method the same `rows`",
-        )
-    return int(asked.pop())
-
-
-def _trained_blocks(model: nn.Module, family: Family, plan: Plan) -> dict[str, list[str]]:
-    """Returns the layers of every block that a method trains layers of, in the order in which blocks run."""
-    found = {}
-    for block in family.blocks(model):
-        paths = [path for path in plan.specs if path.startswith(f"{block}.")]
-        trained = {plan.rules[path].method for path in paths if _method(plan, path)[0].TRAINS}
-        if len(trained) > 1:
-            raise UserError(f"block {block!r}: two rules train its layers, each with options of its own", fix="use one")
-        if trained:
-            found[block] = paths
-    return found
-
-
-def _replace(model: nn.Module, plan: Plan, start: Start, paths: Sequence[str]) -> dict[str, LayerSpec]:
-    """Swaps layers one at a time, so that the float weights go as the codes come; returns how each is quantized."""
-    specs = {}
-    for path in progress.track(paths, len(paths), "quantizing (layers)"):
-        tensor = start.weight(model, path, plan)
-        specs[path] = replace(plan.specs[path], weight=tensor.format)
-        _put_quantized(model, path, specs[path], start.state(path, tensor))
-    return specs
-
-
-def _put_quantized(model: nn.Module, path: str, spec: LayerSpec, state: Mapping[str, torch.Tensor]) -> None:
-    source = float_layer(model, path)
-    layer = quantized_layer(source, spec)
-    layer._buffers |= dict(state)
-    if spec.multiplied:
-        layer.input_multiplier = source.get_buffer("input_multiplier")
-    put(model, path, layer)
-
-
-def _trained(
-    model: nn.Module, block: str, paths: Sequence[str], plan: Plan, start: Start, calls: reconstruct.Calls
-) -> dict[str, torch.Tensor]:
-    """Trains a block and returns the buffers of its quantized layers; the model's own layers are float again."""
-    sources = {path: float_layer(model, path) for path in paths}
-    learners: dict[str, Any] = {}
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    chosen: dict[str, torch.Tensor] = {}
-    for path in paths:
-        tensor = start.weight(model, path, plan)
-        spec = replace(plan.specs[path], weight=tensor.format)
-        chosen[path] = torch.tensor(plan.choices(path).index(tensor.format))
-        method, options = _method(plan, path)
-        if method.TRAINS:
-            trainer, how = method, options
-            learners[path] = method.layer(sources[path], spec, tensor, start.scales.get(path), options)
-            put(model, path, learners[path])
-        else:
-            state[path] = start.state(path, tensor)
-            _put_quantized(model, path, spec, state[path])
-    phases = trainer.phases(list(learners.values()), how)
-    reconstruct.train_block(model.get_submodule(block), calls, phases, how.batch, f"training {block}")
-    state |= {path: learner.state() for path, learner in learners.items()}
-    for path, source in sources.items():
-        put(model, path, source)
-    found = {f"{path}.{leaf}": tensor for path, leaves in state.items() for leaf, tensor in leaves.items()}
-    return found | {f"{path}.{CHOICE}": number for path, number in chosen.items()}
 
 
 def _feeds(data: CalibrationSet) -> Reference:

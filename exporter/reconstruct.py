@@ -1,49 +1,57 @@
-"""Block-wise reconstruction: the one loop in which methods train, whatever they train.
+"""Reconstruction: the one loop in which methods train, whatever they train, one block at a time or all jointly.
 
-Blocks go in the model's order. A block's inputs come from the model whose earlier blocks are quantized already, its
-targets from the float model; samples are rows of the calibration set, spread over all its steps. Targets lie on disk,
-and one block's are read at a time. A finished block is saved: a run that was killed goes on with the next.
+One at a time (`BlockCalls`): blocks go in the model's order, a block's inputs come from the model whose earlier blocks
+are quantized already. Jointly (`ModelCalls`): the quantized model runs from what the float one was fed, and every
+block's output counts. Targets are the float model's, written to disk first; samples are rows of the calibration set,
+spread over all its steps. State is saved as training goes: a run that was killed ends where it would have ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from calib_data.tensors import save_tensors
+from calib_data.tensors import save_tensors, save_whole
 from engines.errors import UserError
 from exporter import progress
 from exporter.models import Family
 from exporter.runners import TorchRunner
 from exporter.samples import Samples
 
+SAVE_SECONDS = 60.0  # between two savings of what is being trained
+OUTPUT = ""  # the path of the model itself, whose output is one more target where blocks are trained jointly
+Rows = dict[str, torch.Tensor]
 
-class Phase(Protocol):
-    """What a method trains in a block at a time, by Adam; the rate falls to zero on a line.
 
-    Without that 8-bit rounding came out worse than it went in, by 0.6 dB of images on digits-dit: what differs little
-    flips to and fro with the batches until the end.
+class Phase:
+    """What a method trains at a time, by Adam; the rates hold for half of the iterations, then fall to zero on a line.
+
+    Held to the end, 8-bit rounding came out worse than it went in, by 0.6 dB of images on digits-dit: what differs
+    little flips to and fro with the batches. Falling from the start, 4-bit integers came out 0.6 dB worse than so.
     """
 
-    @property
-    def iterations(self) -> int: ...
+    iterations: int
 
-    @property
-    def rate(self) -> float: ...
-
-    def parameters(self) -> Sequence[nn.Parameter]: ...
+    def groups(self) -> Sequence[tuple[Sequence[nn.Parameter], float]]:
+        """Returns parameters in groups, each with the rate it starts at."""
+        raise NotImplementedError
 
     def regularizer(self, done: float) -> torch.Tensor | float:
         """Returns what is added to the relative error when the share `done` of the iterations is over."""
+        return 0.0
+
+    def settle(self) -> None:
+        """Told after every iteration; what is settled by now may be set fast, within the parameters."""
 
     def train(self, training: bool) -> None:
         """Told True before the iterations, False after: what ships is in force then."""
@@ -53,21 +61,21 @@ class _Reached(Exception):
     """The block that was waited for was called."""
 
 
-def record_targets(model: nn.Module, family: Family, blocks: Sequence[str], samples: Samples, folder: Path) -> None:
-    """Writes every block's float outputs as `<block>/target-<chunk>.safetensors`, unless a run before has."""
+def record_targets(model: nn.Module, family: Family, paths: Sequence[str], samples: Samples, folder: Path) -> None:
+    """Writes float outputs as `<path>/target-<chunk>.safetensors`, of every path, unless a run before has."""
     now, finished = 0, folder / "targets"
     if finished.exists():
         return
 
-    def hook(block: str) -> Callable[..., None]:
+    def hook(path: str) -> Callable[..., None]:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             tensors = {str(i): t.contiguous() for i, t in enumerate(_tensors(output))}
-            _write(tensors, folder / block / f"target-{now:05d}.safetensors", len(blocks) * len(chunks))
+            _write(tensors, _target(folder, path, now), len(paths) * len(chunks))
 
         return keep
 
     chunks = samples.chunks
-    handles = [model.get_submodule(block).register_forward_hook(hook(block)) for block in blocks]
+    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     runner = TorchRunner("float", model, family)
     try:
         for now, feeds in enumerate(progress.track(chunks, len(chunks), "float outputs of blocks")):  # noqa: B007
@@ -78,14 +86,18 @@ def record_targets(model: nn.Module, family: Family, blocks: Sequence[str], samp
     finished.touch()
 
 
-def forget(block: str, folder: Path) -> None:
+def forget(path: str, folder: Path) -> None:
     """Removes the calls and targets of a block that is done."""
     for pattern in ("target-*", "call-*"):
-        for file in (folder / block).glob(pattern):
+        for file in (folder / path).glob(pattern):
             file.unlink()
 
 
-def _write(tensors: dict[str, torch.Tensor], path: Path, files: int) -> None:
+def _target(folder: Path, path: str, chunk: int) -> Path:
+    return folder / path / f"target-{chunk:05d}.safetensors"
+
+
+def _write(tensors: Rows, path: Path, files: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     needed = files * sum(tensor.nbytes for tensor in tensors.values())
     if path.name.endswith("-00000.safetensors") and needed > shutil.disk_usage(path.parent).free:
@@ -96,14 +108,49 @@ def _write(tensors: dict[str, torch.Tensor], path: Path, files: int) -> None:
     save_tensors(tensors, path)
 
 
-class Calls:
-    """One block's calls, inputs and targets, by chunks: `hold` bytes in memory, the rest read from disk batchwise."""
+class Calls(ABC):
+    """What is trained on, in chunks of rows; those behind the first `training` are kept apart, to judge by."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._training, self._chunks = samples.training, len(samples.chunks)
+        self._rows = len(samples.chunks[0]["step"])
+
+    @abstractmethod
+    def read(self, chunk: int) -> Rows:
+        """Returns a chunk's inputs and targets; every tensor has its rows along its first axis."""
+
+    @abstractmethod
+    def loss(self, rows: Rows) -> torch.Tensor:
+        """Returns the error of what is trained, relative to its targets."""
+
+    def batch(self, size: int, generator: torch.Generator) -> Iterator[Rows]:
+        """Yields `size` rows, drawn: of one chunk, or where chunks are smaller of as few as it takes, chunk by chunk.
+
+        So no more rows are computed at once than the model is run on.
+        """
+        count = min(-(-size // self._rows), self._training)
+        for number in torch.randint(self._training, (count,), generator=generator).tolist():
+            chunk = self.read(number)
+            index = torch.randperm(len(next(iter(chunk.values()))), generator=generator)[: size // count]
+            yield {name: tensor[index] for name, tensor in chunk.items()}
+
+    def error(self) -> float:
+        """Returns the relative error over the rows kept apart; over all, where there are too few to keep any."""
+        judges = range(self._training, self._chunks) or range(self._training)
+        with torch.no_grad():
+            errors = [float(self.loss(self.read(i))) for i in judges]
+        return sum(errors) / len(errors)
+
+
+class BlockCalls(Calls):
+    """One block's calls and targets: `hold` bytes in memory, the rest read from disk batchwise."""
 
     def __init__(
         self, model: nn.Module, family: Family, block: str, samples: Samples, folder: Path, *, hold: int
     ) -> None:
-        self._training, self._rows = samples.training, len(samples.chunks[0]["step"])
-        self._chunks: list[dict[str, torch.Tensor] | Path] = []
+        super().__init__(samples)
+        self._block = model.get_submodule(block)
+        self._held: list[Rows | Path] = []
         self._leaves: list[Any] = []  # of the last call: what is not batched is the same in all
         self._batched: set[str] | None = None
         self._spec: Any = None
@@ -113,53 +160,64 @@ class Calls:
             rows = len(samples.chunks[number]["step"])
             tensors = {f"in{i}": leaf.contiguous() for i, leaf in enumerate(self._leaves) if _is_batched(leaf, rows)}
             self._batched = tensors.keys() & (tensors.keys() if self._batched is None else self._batched)
-            targets = load_file(folder / block / f"target-{number:05d}.safetensors")
+            targets = load_file(_target(folder, block, number))
             tensors |= {f"out{name}": target for name, target in targets.items()}
             held += sum(tensor.nbytes for tensor in tensors.values())
             if held > hold:
                 path = folder / block / f"call-{number:05d}.safetensors"
                 save_tensors(tensors, path)
-                self._chunks.append(path)
+                self._held.append(path)
             else:
-                self._chunks.append(tensors)
+                self._held.append(tensors)
 
-    def batch(self, size: int, generator: torch.Generator) -> Iterator[Call]:
-        """Yields `size` rows, drawn: of one chunk, or where chunks are smaller of as few as it takes, chunk by chunk.
-
-        So no more rows are in a block at once than the model is run on.
-        """
-        count = min(-(-size // self._rows), self._training)
-        for number in torch.randint(self._training, (count,), generator=generator).tolist():
-            chunk = self._read(number)
-            index = torch.randperm(len(next(iter(chunk.values()))), generator=generator)[: size // count]
-            yield self._call({name: tensor[index] for name, tensor in chunk.items()})
-
-    def error(self, block: nn.Module) -> float:
-        """Returns the relative error over the rows kept apart; over all, where there are too few to keep any."""
-        judges = range(self._training, len(self._chunks)) or range(self._training)
-        with torch.no_grad():
-            errors = [float(relative_error(block, self._call(self._read(i)))) for i in judges]
-        return sum(errors) / len(errors)
-
-    def _read(self, number: int) -> dict[str, torch.Tensor]:
-        chunk = self._chunks[number]
-        tensors = load_file(chunk) if isinstance(chunk, Path) else chunk
+    def read(self, chunk: int) -> Rows:
+        held = self._held[chunk]
+        tensors = load_file(held) if isinstance(held, Path) else held
         return {name: t for name, t in tensors.items() if name.startswith("out") or name in (self._batched or ())}
 
-    def _call(self, tensors: Mapping[str, torch.Tensor]) -> Call:
-        leaves = [tensors.get(f"in{i}", leaf) for i, leaf in enumerate(self._leaves)]
+    def loss(self, rows: Rows) -> torch.Tensor:
+        leaves = [rows.get(f"in{i}", leaf) for i, leaf in enumerate(self._leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        outputs = sum(name.startswith("out") for name in tensors)
-        return Call(args, kwargs, [tensors[f"out{i}"] for i in range(outputs)])
+        targets = [rows[f"out{i}"] for i in range(sum(name.startswith("out") for name in rows))]
+        return relative_error(self._block(*args, **kwargs), targets)
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a block is called with, and what it should give."""
+class ModelCalls(Calls):
+    """The whole model's calls: the error is the mean over the blocks' outputs, plus that of the model's own.
 
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    targets: Sequence[torch.Tensor]
+    Source: VQ4DiT (methods.md section 3): the mean over blocks; the output's share is our choice (facts.md section 6).
+    """
+
+    def __init__(self, model: nn.Module, family: Family, blocks: Sequence[str], samples: Samples, folder: Path) -> None:
+        super().__init__(samples)
+        self._samples, self._folder, self._blocks = samples, folder, blocks
+        self._modules = {path: model.get_submodule(path) for path in (*blocks, OUTPUT)}
+        self._runner = TorchRunner("trained", model, family)
+
+    def read(self, chunk: int) -> Rows:
+        rows = {f"feed/{name}": value for name, value in self._samples.chunks[chunk].items()}
+        for path in self._modules:
+            targets = load_file(_target(self._folder, path, chunk))
+            rows |= {f"{path}/{name}": target for name, target in targets.items()}
+        return rows
+
+    def loss(self, rows: Rows) -> torch.Tensor:
+        errors: dict[str, torch.Tensor] = {}
+
+        def compare(path: str) -> Callable[..., None]:
+            def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                targets = [rows[f"{path}/{i}"] for i in range(len(_tensors(output)))]
+                errors[path] = relative_error(output, targets)
+
+            return see
+
+        handles = [module.register_forward_hook(compare(path)) for path, module in self._modules.items()]
+        try:
+            self._runner.call({n.removeprefix("feed/"): t for n, t in rows.items() if n.startswith("feed/")})
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([errors[path] for path in self._blocks]).mean() + errors[OUTPUT]
 
 
 def _captured(model: nn.Module, family: Family, block: str, samples: Samples) -> Iterator[tuple[Any, Any]]:
@@ -189,42 +247,112 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
-def relative_error(block: nn.Module, call: Call) -> torch.Tensor:
-    """Returns the squared error of the block's outputs over their targets' square, summed over the outputs."""
-    outputs = _tensors(block(*call.args, **call.kwargs))
-    pairs = zip(outputs, call.targets, strict=True)
+def relative_error(output: Any, targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the squared error of a module's outputs over their targets' square, summed over the outputs."""
+    pairs = zip(_tensors(output), targets, strict=True)
     return torch.stack([(y - t).square().mean() / t.square().mean().clamp(min=1e-12) for y, t in pairs]).sum()
 
 
-def train_block(block: nn.Module, calls: Calls, phases: Sequence[Phase], batch: int, what: str) -> None:
-    """Trains phase by phase; one that leaves the block's outputs farther from the float ones is taken back.
+def train(calls: Calls, phases: Sequence[Phase], batch: int, what: str, folder: Path) -> None:
+    """Trains phase by phase; one that ends farther from the float outputs than it began is taken back.
 
-    That is judged on trajectories that were not trained on.
+    That is judged on trajectories that were not trained on. What is under way is saved in `folder` from time to time,
+    and gone on with where it is found there.
     """
-    for phase in phases:
-        parameters = phase.parameters()
-        if not parameters or not phase.iterations:
+    saved = _Saved(folder / "training.safetensors", phases)
+    for number, phase in enumerate(phases):
+        if number < saved.phase or not phase.iterations:
             continue
-        before, error = [parameter.detach().clone() for parameter in parameters], calls.error(block)
+        parameters = _parameters(phase)
+        if not parameters:
+            continue
+        if number > saved.phase or saved.before is None:
+            saved.begin(number, parameters, calls.error())
         phase.train(True)
-        _iterate(block, calls, phase, batch, what)
+        _iterate(calls, phase, batch, what, saved)
         phase.train(False)
-        if not calls.error(block) <= error:  # NaN is no gain
-            with torch.no_grad():
-                for parameter, value in zip(parameters, before, strict=True):
-                    parameter.copy_(value)
+        if not calls.error() <= saved.error:  # NaN is no gain
+            _set(parameters, saved.before or [])
+    saved.remove()
 
 
-def _iterate(block: nn.Module, calls: Calls, phase: Phase, batch: int, what: str) -> None:
+def _parameters(phase: Phase) -> list[nn.Parameter]:
+    return [parameter for group, _ in phase.groups() for parameter in group]
+
+
+def _set(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def _iterate(calls: Calls, phase: Phase, batch: int, what: str, saved: _Saved) -> None:
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(phase.parameters(), lr=phase.rate, fused=True)
-    for iteration in progress.track(range(phase.iterations), phase.iterations, what):
-        optimizer.param_groups[0]["lr"] = phase.rate * (1 - iteration / phase.iterations)
+    groups = [(list(group), rate) for group, rate in phase.groups() if group]
+    optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups], fused=True)
+    first = saved.restore(optimizer, generator)
+    for iteration in progress.track(range(first, phase.iterations), phase.iterations, what, done=first):
+        for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = rate * min(1.0, 2 * (1 - iteration / phase.iterations))
         optimizer.zero_grad()
         parts = list(calls.batch(batch, generator))
         for number, part in enumerate(parts, 1):
-            loss = relative_error(block, part) / len(parts)
+            loss = calls.loss(part) / len(parts)
             if number == len(parts):
                 loss = loss + phase.regularizer(iteration / phase.iterations)
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        phase.settle()
+        saved.save(iteration + 1, optimizer, generator)
+
+
+class _Saved:
+    """The state of a training: where it is, what is trained, the optimizer's averages and the generator's state."""
+
+    def __init__(self, path: Path, phases: Sequence[Phase]) -> None:
+        """Sets the parameters to what `path` holds, if a run before left it."""
+        self._path, self._at = path, time.monotonic()
+        self._all = list(dict.fromkeys(p for phase in phases for p in _parameters(phase)))
+        self.phase, self.error = 0, float("inf")
+        self.before: list[torch.Tensor] | None = None
+        self._state: dict[str, torch.Tensor] = load_file(path) if path.exists() else {}
+        if self._state:
+            self.phase, self.error = int(self._state["phase"]), float(self._state["error"])
+            _set(self._all, self._list("parameter"))
+            self.before = self._list("before")
+
+    def _list(self, name: str) -> list[torch.Tensor]:
+        return [self._state[f"{name}.{i}"] for i in range(sum(key.startswith(f"{name}.") for key in self._state))]
+
+    def begin(self, phase: int, parameters: Sequence[torch.Tensor], error: float) -> None:
+        self.phase, self.error, self._state = phase, error, {}
+        self.before = [parameter.detach().clone() for parameter in parameters]
+
+    def restore(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+        """Returns the iteration to go on with."""
+        if not self._state:
+            return 0
+        generator.set_state(self._state["generator"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            for parameter, value in zip(parameters, self._list(name), strict=True):
+                optimizer.state[parameter][name] = value
+        return int(self._state["iteration"])
+
+    def save(self, iteration: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+        """Writes everything, whole or not at all, if the last time is long enough ago."""
+        if time.monotonic() - self._at < SAVE_SECONDS:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {f"parameter.{i}": p.detach() for i, p in enumerate(self._all)}
+        state |= {f"before.{i}": tensor for i, tensor in enumerate(self.before or [])}
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            state |= {f"{name}.{i}": optimizer.state[p][name] for i, p in enumerate(parameters)}
+        state |= {"phase": torch.tensor(self.phase), "iteration": torch.tensor(iteration)}
+        state |= {"error": torch.tensor(self.error, dtype=torch.float64), "generator": generator.get_state()}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        save_whole(state, self._path)
+        self._at = time.monotonic()
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)

@@ -19,7 +19,8 @@ from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
 from exporter.layers import compare_layers
 from exporter.lower import DTYPES, check_deployable, lower
-from exporter.quantize import layer_specs, quantize
+from exporter.plan import layer_specs
+from exporter.quantize import quantize
 from exporter.recipe import Recipe
 from exporter.validate import Run, validate
 from exporter.versions import versions

@@ -73,8 +73,13 @@ class TorchRunner:
 
     def run_tensors(self, feeds: Any) -> dict[str, torch.Tensor]:
         """Runs numpy arrays or tensors; returns the outputs in this runner's own type."""
+        with torch.no_grad():
+            return {self._output: self.call(feeds)}
+
+    def call(self, feeds: Any) -> torch.Tensor:
+        """Runs as `run_tensors` does, and keeps what gradients need."""
         tensors = {n: torch.as_tensor(v) for n, v in feeds.items() if n != "step"}
         tensors = {n: t.to(self._types.get(n, t.dtype)) for n, t in tensors.items()}
         step = torch.as_tensor(feeds["step"]) if "step" in feeds else None
-        with torch.no_grad(), self._steps.at(step), WideSums():
-            return {self._output: self.family.call(self._model, tensors)}
+        with self._steps.at(step), WideSums():
+            return self.family.call(self._model, tensors)

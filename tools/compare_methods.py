@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -36,6 +35,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.conditions import Conditions, validation_entries
 from exporter.images import SEED_OFFSET
 from exporter.methods import fp_search
+from exporter.plan import plan_layers
 from exporter.progress import note
 from exporter.recipe import Recipe, WeightSpec
 from exporter.runners import TorchRunner
@@ -302,7 +302,7 @@ def grids(model: str, job: Job) -> Json:
     asked = recipe_of(Cell(model, "auto-fp8", "channel", "search"), job)
     data = quantizing.CalibrationSet(calibration)
     net, family = checkpoint.load(), checkpoint.family
-    plan = quantizing.plan_layers(net, family, asked)
+    plan = plan_layers(net, family, asked)
     paths = [path for path, spec in plan.specs.items() if spec.activation]
     rows = {path: {"layer": path, **weight_tails(modules.float_layer(net, path))} for path in paths}
     for group in moments.groups(net, [path for path in paths if moments.width(net, path)]):
@@ -408,7 +408,7 @@ def main(
     models: tuple[str, ...], kinds: list[str], settings: list[str], granularities: list[str], iterations: int | None,
     images: int | None, samples: int, seed: int, jobs: int, work: Path, results: Path, document: Path,
 ) -> None:  # fmt: skip
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     options = {"iterations": iterations} if iterations else {}
     todo: list[tuple[Path, Any, tuple[Any, ...]]] = []
     for model in models:

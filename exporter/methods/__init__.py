@@ -58,12 +58,11 @@ class Method(Protocol):
 class Trained(Method, Protocol):
     """A method that trains a block's layers together (`exporter.reconstruct`), from what `quantize_weight` gives.
 
-    Its Options have `rows`, of the calibration set, `batch`, and `hold_mb`: what of a block is kept in memory.
+    Its Options have `rows`, of the calibration set, `batch`, `hold_mb`: what of a block is kept in memory; and `joint`:
+    whether all blocks are trained at once.
     """
 
-    def layer(
-        self, source: Any, spec: Any, tensor: QuantizedTensor, scale: torch.Tensor | None, options: Any
-    ) -> TrainedLayer:
+    def layer(self, source: Any, spec: Any, tensor: Any, scale: torch.Tensor | None, options: Any) -> TrainedLayer:
         """Returns the layer that stands in a block while it trains; `scale` is its activation's."""
 
     def phases(self, layers: Sequence[Any], options: Any) -> Sequence[Any]:
@@ -74,7 +73,7 @@ class TrainedLayer(Protocol):
     """A torch module, besides."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Returns the buffers that the quantized layer in its place has."""
+        """Returns the buffers that the quantized layer in its place has, and its bias if that was trained."""
 
 
 def names() -> list[str]:

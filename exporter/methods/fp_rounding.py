@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from exporter.methods import fp_search
 from exporter.modules import FloatLayer, LayerSpec, QuantizedLayer, oriented
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
+from exporter.straight_through import straight_through
 from exporter.tensors import QuantizedTensor, spread
 
 NEEDS_CHANNEL_ABSMAX = False
@@ -53,6 +54,7 @@ class Options:
     warmup: float = 0.2
     scale_aware: bool = True
     hold_mb: int = 1024
+    joint: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, least in (("iterations", 1), ("batch", 1), ("rows", 1), ("activation_iterations", 0), ("hold_mb", 0)):
@@ -86,29 +88,6 @@ def neighbours(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     low = values[below]
     high = torch.where(low < x, values[(below + 1).clamp(max=len(values) - 1)], low)
     return low, high
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Rounds to scale · format: x has the gradient 1 inside the range and 0 beyond, the scale that of LSQ.
-
-    Source: Esser et al., arXiv 1902.08153, equation 3, for any format: ∂/∂s = q − x/s inside, q beyond.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
-        units = x / scale
-        values = fmt.round(units)
-        inside = units.abs() <= fmt.max_value
-        error = torch.where(inside, values - units, values) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(inside, error)
-        return values.mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inside, error = ctx.saved_tensors
-        (gradient,) = gradients
-        to_x = gradient * inside if ctx.needs_input_grad[0] else None
-        return to_x, None if error is None else (gradient * error).sum(), None
 
 
 class RoundedLayer(QuantizedLayer):
@@ -153,8 +132,7 @@ class RoundedLayer(QuantizedLayer):
         return (self._low + self._step * self.soft) * self._spread
 
     def _quantized_input(self, x: torch.Tensor, fmt: Format) -> torch.Tensor:
-        found: torch.Tensor = _StraightThrough.apply(x, self.log_scale.exp(), fmt)  # type: ignore[no-untyped-call]
-        return found
+        return straight_through(x, self.log_scale.exp(), fmt)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns what a quantized layer holds of it: codes, and scales that fp16 holds."""
@@ -177,19 +155,15 @@ def phases(layers: Sequence[RoundedLayer], options: Options) -> list[Phase]:
     return [_Roundings(layers, options), _Ranges(layers, options)]
 
 
-class _Roundings:
+class _Roundings(Phase):
     """Trains h; the regulariser drives it to 0 or 1, and then it is taken as that."""
 
     def __init__(self, layers: Sequence[RoundedLayer], options: Options) -> None:
         self._layers, self._options, self.iterations = layers, options, options.iterations
         self._count = max(1, sum(int(layer.free.sum()) for layer in layers))
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [layer.logits for layer in self._layers]
-
-    @property
-    def rate(self) -> float:
-        return self._options.rate
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        return [([layer.logits for layer in self._layers], self._options.rate)]
 
     def regularizer(self, done: float) -> torch.Tensor | float:
         """Returns λ · mean(1 − |2h − 1|^β). Source: AdaRound, equation 24."""
@@ -207,17 +181,11 @@ class _Roundings:
                 layer.__dict__.pop("soft", None)  # and with it the graph it came from
 
 
-class _Ranges:
+class _Ranges(Phase):
     """Trains the scales of activations against the weights that ship."""
 
     def __init__(self, layers: Sequence[RoundedLayer], options: Options) -> None:
-        self._layers, self.iterations, self.rate = layers, options.activation_iterations, options.activation_rate
+        self._layers, self.iterations, self._rate = layers, options.activation_iterations, options.activation_rate
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [layer.log_scale for layer in self._layers if layer.spec.activation]
-
-    def regularizer(self, done: float) -> float:
-        return 0.0
-
-    def train(self, training: bool) -> None:
-        """Weights stay hard throughout."""
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        return [([layer.log_scale for layer in self._layers if layer.spec.activation], self._rate)]

@@ -26,7 +26,8 @@ from engines.artifacts import Json, read_json
 from exporter import recipe
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.memory import peak_rss_bytes
-from exporter.quantize import OBSERVED_ROWS, plan_layers
+from exporter.plan import plan_layers
+from exporter.quantize import OBSERVED_ROWS
 from exporter.runners import TorchRunner
 
 PRESETS = {

@@ -85,53 +85,6 @@ def test_logits_in_units_of_the_step_move_alike_in_every_binade():
     assert float(moved.std() / moved.mean()) < 0.2  # of h itself, not of the step
 
 
-def test_gradients_of_rounded_activations_are_those_of_lsq():
-    fmt, scale = Fp(4, 3), torch.tensor(0.02, requires_grad=True)
-    x = torch.linspace(-12, 12, 201, requires_grad=True)  # the range ends at 448 · 0.02 = 8.96
-    weights = torch.randn(201, generator=torch.Generator().manual_seed(0))
-    (fp_rounding._StraightThrough.apply(x, scale, fmt) * weights).sum().backward()
-    units = x.detach() / 0.02
-    inside = units.abs() <= 448
-    assert torch.equal(x.grad, weights * inside)
-    values = fmt.round(units)
-    assert float(scale.grad) == pytest.approx(float((weights * (values - units * inside)).sum()), rel=1e-5)
-    assert torch.equal(fp_rounding._StraightThrough.apply(x, scale, fmt), values * scale)
-
-
-class Worse:
-    """A phase that does harm."""
-
-    iterations, rate = 3, 10.0
-
-    def __init__(self, block):
-        self.block = block
-
-    def parameters(self):
-        return [self.block.weight]
-
-    def regularizer(self, done):
-        return -1e6 * self.block.weight.square().sum()  # away from anything useful
-
-    def train(self, training):
-        pass
-
-
-def calls_of(inputs, targets):
-    calls = object.__new__(reconstruct.Calls)
-    _, calls._spec = torch.utils._pytree.tree_flatten(((0,), {}))
-    calls._leaves, calls._batched, calls._chunks = [None], {"in0"}, [{"in0": inputs, "out0": targets}]
-    calls._training, calls._rows = 1, len(inputs)
-    return calls
-
-
-def test_a_phase_that_does_harm_is_taken_back():
-    torch.manual_seed(0)
-    block, x = nn.Linear(8, 8), torch.randn(64, 8)
-    before = block.weight.detach().clone()
-    reconstruct.train_block(block, calls_of(x, block(x).detach()), [Worse(block)], 16, "test")
-    assert torch.equal(block.weight, before)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
@@ -184,94 +137,22 @@ def test_the_range_table_holds_the_learned_ranges(learned):
 
 
 def test_a_killed_run_goes_on_with_the_next_block(tiny, learned, tmp_path, monkeypatch):
-    original, trained = reconstruct.train_block, []
+    original, trained = reconstruct.train, []
 
-    def train(block, calls, phases, batch, what):
+    def train(calls, phases, batch, what, folder):
         if len(trained) == 1:
             trained.append("killed")
             raise KeyboardInterrupt
         trained.append(what)
-        original(block, calls, phases, batch, what)
+        original(calls, phases, batch, what, folder)
 
-    monkeypatch.setattr(reconstruct, "train_block", train)
+    monkeypatch.setattr(reconstruct, "train", train)
     with pytest.raises(KeyboardInterrupt):
         quantized_with(tiny, tmp_path / "quantized", rules("fp_rounding", **SHORT))
     assert not (tmp_path / "quantized").exists()
     resumed = quantized_with(tiny, tmp_path / "quantized", rules("fp_rounding", **SHORT))
     assert trained == ["training transformer_blocks.0", "killed", "training transformer_blocks.1"]
     assert resumed.digest == learned.digest
-
-
-def test_calls_read_from_disk_are_those_held_in_memory(tiny, tmp_path):
-    checkpoint, calibration = tiny
-    from calib_data.store import CalibrationSet
-
-    model, samples = checkpoint.load(), reconstruct.Samples(CalibrationSet(calibration), 100)
-    block = checkpoint.family.blocks(model)[1]
-    reconstruct.record_targets(model, checkpoint.family, [block], samples, tmp_path)
-    held, stored = (
-        reconstruct.Calls(model, checkpoint.family, block, samples, tmp_path, hold=size) for size in (1 << 30, 0)
-    )
-    assert len(list((tmp_path / block).glob("call-*"))) == len(samples.chunks) == 3
-    module = model.get_submodule(block)
-    assert held.error(module) == stored.error(module) < 1e-10  # the float block gives the float targets
-    (one,), (other,) = (calls.batch(8, torch.Generator().manual_seed(3)) for calls in (held, stored))
-    assert all(torch.equal(a, b) for a, b in zip(one.targets, other.targets, strict=True))
-
-
-def test_a_batch_is_drawn_from_as_many_chunks_as_it_takes_one_at_a_time():
-    x = torch.arange(40.0).reshape(40, 1)
-    calls = calls_of(x[:8], x[:8])
-    calls._chunks, calls._training = [{"in0": part, "out0": part} for part in x.split(8)], 4
-    drawn = list(calls.batch(20, torch.Generator().manual_seed(0)))
-    assert [len(call.args[0]) for call in drawn] == [6, 6, 6]
-    assert all(torch.equal(call.args[0], call.targets[0]) for call in drawn)
-    assert max(float(call.args[0].max()) for call in drawn) < 32  # none of the chunk that judges
-    assert [len(call.args[0]) for call in calls.batch(8, torch.Generator().manual_seed(0))] == [8]
-
-
-def test_what_is_not_batched_is_the_same_in_every_call():
-    calls = calls_of(torch.ones(8, 2), torch.ones(8, 2))
-    calls._leaves, calls._chunks = (
-        [None, "constant"],
-        [{"in0": torch.ones(8, 2), "in1": torch.zeros(8), "out0": torch.ones(8)}],
-    )
-    _, calls._spec = torch.utils._pytree.tree_flatten(((0, 0), {}))
-    (call,) = calls.batch(4, torch.Generator().manual_seed(0))
-    assert call.args[1] == "constant"
-
-
-def test_a_phase_that_ends_in_nan_is_taken_back():
-    torch.manual_seed(0)
-    block, x = nn.Linear(8, 8), torch.randn(64, 8)
-    before = block.weight.detach().clone()
-
-    class Diverges(Worse):
-        rate = float("inf")
-
-    reconstruct.train_block(block, calls_of(x, torch.randn(64, 8)), [Diverges(block)], 16, "test")
-    assert torch.equal(block.weight, before)
-
-
-def test_a_phase_that_only_fits_what_it_trained_on_is_taken_back():
-    torch.manual_seed(0)
-    block, x, y = nn.Linear(64, 8), torch.randn(80, 64), torch.randn(80, 8)
-    before = block.weight.detach().clone()
-    calls = calls_of(x[:16], y[:16])
-    calls._chunks.append({"in0": x[16:], "out0": y[16:]})
-
-    class Fit(Worse):
-        iterations, rate = 100, 0.05
-
-        def regularizer(self, done):
-            return 0.0
-
-    alone = calls_of(x[:16], y[:16])
-    reconstruct.train_block(block, alone, [Fit(block)], 16, "test")
-    assert not torch.equal(block.weight, before)  # noise is fitted where nothing judges
-    block.weight.data.copy_(before)
-    reconstruct.train_block(block, calls, [Fit(block)], 16, "test")
-    assert torch.equal(block.weight, before)
 
 
 def test_rules_that_train_on_different_rows_are_refused(tiny, tmp_path):

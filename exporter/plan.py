@@ -1,0 +1,76 @@
+"""Plans: what a recipe means for one model, layer by layer, before anything is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from exporter import methods
+from exporter.checkpoint import Checkpoint
+from exporter.formats import Format
+from exporter.models import Family
+from exporter.modules import LayerSpec, facts, fitting, float_layers, split_inputs
+from exporter.recipe import Recipe, Rule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every layer's rule, how those that are not kept are quantized, and which convolutions were split at a skip."""
+
+    rules: Mapping[str, Rule]
+    specs: Mapping[str, LayerSpec]
+    splits: Mapping[str, int]
+
+    @property
+    def deployable(self) -> bool:
+        return all(spec.deployable for spec in self.specs.values())
+
+    def choices(self, path: str) -> tuple[Format, ...]:
+        """Returns the weight formats that the layer's method chooses from."""
+        weight = self.rules[path].weight
+        assert weight is not None
+        return weight.choices if weight.candidates else (self.specs[path].weight,)
+
+    def method(self, path: str) -> tuple[Any, Any]:
+        """Returns the method of the layer's weight, and its options."""
+        spec = self.rules[path].method
+        assert spec is not None
+        return methods.load(spec.name), spec.options
+
+    def multiplying(self, paths: Sequence[str]) -> Plan:
+        """Returns the plan with layers that multiply their own input."""
+        return replace(self, specs=dict(self.specs) | {p: replace(self.specs[p], multiplied=True) for p in paths})
+
+
+def layer_specs(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, LayerSpec]:
+    """Returns how a recipe would quantize a model, from its shapes alone."""
+    return dict(plan_layers(checkpoint.skeleton(), checkpoint.family, recipe).specs)
+
+
+def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
+    """Assigns rules to layers, and splits the convolutions that they say to split, in place."""
+    layers = float_layers(model)
+    assigned = recipe.assign({path: facts(layer) for path, layer in layers.items()}, family.blocks(model))
+    splits = {
+        path: first
+        for path, first in family.skips(model).items()
+        if assigned[path].split_skips and assigned[path].activation
+    }
+    split_inputs(model, splits)
+    layers = float_layers(model)
+    rules = {path: assigned[path if path in assigned else path.rpartition(".")[0]] for path in layers}
+    specs = {}
+    for path, rule in rules.items():
+        if rule.weight is None:
+            continue
+        activation = rule.activation.format if rule.activation else None
+        weight = rule.weight
+        spec = LayerSpec(weight.format, weight.granularity, weight.block_size, activation, deployable=rule.deployable)
+        choices = fitting(path, layers[path], spec, rule.weight.choices)
+        specs[path] = replace(spec, weight=choices[0])
+        if rule.weight.candidates:
+            rules[path] = replace(rule, weight=replace(rule.weight, format=choices[0], candidates=choices))
+    return Plan(rules, specs, splits)

@@ -1,0 +1,181 @@
+"""From float layers to quantized ones, in place: one at a time, or, where a method trains, a scope at a time.
+
+A scope is one block, or all blocks that are trained jointly; what its training found is saved when it is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from calib_data.store import CalibrationSet
+from calib_data.tensors import save_whole
+from engines.errors import UserError
+from exporter import progress, reconstruct
+from exporter.models import Family
+from exporter.modules import LayerSpec, channel_axis, float_layer, oriented, put, quantized_layer
+from exporter.plan import Plan
+from exporter.samples import CHUNK, Samples
+from exporter.tensors import CodebookTensor, QuantizedTensor
+
+CHOICE = "weight_choice"  # beside a layer's buffers: which of the formats to choose from
+DONE = "done.safetensors"
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What quantization starts from: weights that were chosen by their inputs, and the scales of activations."""
+
+    weights: dict[str, QuantizedTensor | CodebookTensor]
+    scales: Mapping[str, torch.Tensor]
+
+    def weight(self, model: nn.Module, path: str, plan: Plan) -> QuantizedTensor | CodebookTensor:
+        return self.weights[path] if path in self.weights else quantize_weight(model, path, plan)
+
+    def state(self, path: str, tensor: QuantizedTensor | CodebookTensor) -> State:
+        """Returns the buffers of the quantized layer."""
+        return tensor.buffers() | ({"activation_scale": self.scales[path]} if path in self.scales else {})
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Blocks whose layers train together, by one method, and the paths of all their layers."""
+
+    name: str
+    blocks: Sequence[str]
+    paths: Sequence[str]
+    method: Any
+    options: Any
+
+
+def quantize_weight(
+    model: nn.Module, path: str, plan: Plan, second_moments: torch.Tensor | None = None
+) -> QuantizedTensor | CodebookTensor:
+    """Returns one layer's weight as its method quantizes it; `second_moments` [in, in] are its inputs'."""
+    source, spec = float_layer(model, path), plan.specs[path]
+    method, options = plan.method(path)
+    weight, axis = oriented(source, spec), channel_axis(source, spec)
+    found: QuantizedTensor | CodebookTensor = method.quantize_weight(
+        weight, plan.rules[path].weight, axis, options, second_moments
+    )
+    return found
+
+
+def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, data: CalibrationSet, work: Path) -> Plan:
+    """Swaps float layers for quantized ones, those that train last; returns the plan with the chosen formats."""
+    scopes = list(_scopes(model, family, plan))
+    inside = {path for scope in scopes for path in scope.paths}
+    samples = _record(model, family, plan, scopes, data, work) if scopes else None
+    specs = {}
+    rest = [path for path in plan.specs if path not in inside]
+    for path in progress.track(rest, len(rest), "quantizing (layers)"):  # float weights go as the codes come
+        tensor = start.weight(model, path, plan)
+        specs[path] = replace(plan.specs[path], weight=tensor.format)
+        _put_quantized(model, path, specs[path], start.state(path, tensor))
+    for scope in scopes:
+        folder = work / scope.name
+        if not (folder / DONE).exists():  # a kill left it, whole
+            assert samples is not None
+            save_whole(_trained(model, family, scope, plan, start, samples, work), folder / DONE)
+        state = load_file(folder / DONE)
+        for path in scope.paths:
+            leaves = {name.removeprefix(f"{path}."): t for name, t in state.items() if name.startswith(f"{path}.")}
+            specs[path] = replace(plan.specs[path], weight=plan.choices(path)[int(leaves.pop(CHOICE))])
+            _put_quantized(model, path, specs[path], leaves)
+        for block in scope.blocks:
+            reconstruct.forget(block, work)
+    shutil.rmtree(work, ignore_errors=True)
+    return replace(plan, specs={path: specs[path] for path in plan.specs})
+
+
+def _scopes(model: nn.Module, family: Family, plan: Plan) -> Iterator[Scope]:
+    """Yields what is trained together, in the order in which blocks run; what is trained jointly comes first."""
+    blocks: dict[str, list[str]] = {}
+    trained = {}
+    for block in family.blocks(model):
+        paths = [path for path in plan.specs if path.startswith(f"{block}.")]
+        rules = {plan.rules[path].method: path for path in paths if plan.method(path)[0].TRAINS}
+        if len(rules) > 1:
+            raise UserError(f"block {block!r}: two rules train its layers, each with options of its own", fix="use one")
+        if rules:
+            blocks[block] = paths
+            trained[block] = plan.method(rules.popitem()[1])
+    joint = [block for block, (_, options) in trained.items() if options.joint]
+    if len({trained[block] for block in joint}) > 1:
+        raise UserError("two rules train blocks jointly, each with options of its own", fix="use one")
+    if joint:
+        yield Scope("jointly", joint, [path for block in joint for path in blocks[block]], *trained[joint[0]])
+    yield from (Scope(block, [block], paths, *trained[block]) for block, paths in blocks.items() if block not in joint)
+
+
+def _record(
+    model: nn.Module, family: Family, plan: Plan, scopes: Sequence[Scope], data: CalibrationSet, work: Path
+) -> Samples:
+    """Draws the rows that all scopes are trained on, and records the float model's outputs for them."""
+    asked = {plan.method(path)[1].rows for path in plan.specs if plan.method(path)[0].TRAINS}
+    if len(asked) > 1:
+        raise UserError(
+            f"rules train on {' and '.join(map(str, sorted(asked)))} rows, and all blocks are trained on the same",
+            fix="give every rule's method the same `rows`",
+        )
+    samples = Samples(data, int(asked.pop()), family.rows(CHUNK))
+    recorded = [block for scope in scopes for block in scope.blocks]
+    if any(scope.options.joint for scope in scopes):
+        recorded.append(reconstruct.OUTPUT)
+    reconstruct.record_targets(model, family, recorded, samples, work)
+    return samples
+
+
+def _trained(
+    model: nn.Module, family: Family, scope: Scope, plan: Plan, start: Start, samples: Samples, work: Path
+) -> State:
+    """Trains a scope and returns the buffers of its quantized layers; layers without a weight are left in the model."""
+    sources = {path: float_layer(model, path) for path in scope.paths}
+    learners: dict[str, Any] = {}
+    state: dict[str, State] = {}
+    chosen: dict[str, torch.Tensor] = {}
+    for path in progress.track(scope.paths, len(scope.paths), "choosing codes (layers)"):
+        tensor = start.weight(model, path, plan)
+        spec = replace(plan.specs[path], weight=tensor.format)
+        chosen[path] = torch.tensor(plan.choices(path).index(tensor.format))
+        method, options = plan.method(path)
+        if method.TRAINS:
+            learners[path] = method.layer(sources[path], spec, tensor, start.scales.get(path), options)
+            put(model, path, learners[path])
+        else:
+            state[path] = start.state(path, tensor)
+            _put_quantized(model, path, spec, state[path])
+        sources[path].weight = nn.Parameter(sources[path].weight.to("meta"), requires_grad=False)
+    calls: reconstruct.Calls
+    if scope.options.joint:
+        calls = reconstruct.ModelCalls(model, family, scope.blocks, samples, work)
+    else:
+        hold = scope.options.hold_mb << 20
+        calls = reconstruct.BlockCalls(model, family, scope.blocks[0], samples, work, hold=hold)
+    phases = scope.method.phases(list(learners.values()), scope.options)
+    reconstruct.train(calls, phases, scope.options.batch, f"training {scope.name}", work / scope.name)
+    state |= {path: learner.state() for path, learner in learners.items()}
+    for path, source in sources.items():
+        put(model, path, source)
+    found = {f"{path}.{leaf}": tensor for path, leaves in state.items() for leaf, tensor in leaves.items()}
+    return found | {f"{path}.{CHOICE}": number for path, number in chosen.items()}
+
+
+def _put_quantized(model: nn.Module, path: str, spec: LayerSpec, state: State) -> None:
+    source = float_layer(model, path)
+    layer = quantized_layer(source, spec)
+    if "bias" in state:
+        layer.bias = nn.Parameter(state.pop("bias"), requires_grad=False)
+    layer._buffers |= state
+    if spec.multiplied:
+        layer.input_multiplier = source.get_buffer("input_multiplier")
+    put(model, path, layer)
