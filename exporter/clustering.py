@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 CHUNK_NUMBERS = 1 << 22  # distances held at once, of all codewords
-SEEDED = 1 << 16  # sub-vectors that seeding looks at, at most
+# Sub-vectors that seeding and Lloyd's iterations look at, at most: 256 to each of 256 codewords. With more, codewords
+# hardly change, and the time does. Source: faiss, ClusteringParameters, max_points_per_centroid.
+SEEN = 1 << 16
 SETTLED = 1e-3  # share of sub-vectors that still change their codeword when Lloyd's iterations end
 
 
@@ -25,6 +27,17 @@ def assign(vectors: torch.Tensor, codebook: torch.Tensor, importance: torch.Tens
     return torch.cat([distances(part, codebook, weights).argmin(dim=1) for part, weights in parts])
 
 
+def nearest(vectors: torch.Tensor, codebook: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns every sub-vector's `count` nearest codewords, [n, count] uint8, and their squared distances, fp32."""
+    codes, found = [], []
+    for part in torch.split(vectors, max(1, CHUNK_NUMBERS // len(codebook))):
+        own = part.square().sum(dim=1, keepdim=True)
+        least = (own + distances(part, codebook, torch.ones_like(part))).topk(count, dim=1, largest=False)
+        codes.append(least.indices.to(torch.uint8))
+        found.append(least.values.clamp(min=0))
+    return torch.cat(codes), torch.cat(found)
+
+
 def centroids(
     vectors: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor, codebook: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,8 +50,6 @@ def centroids(
 
 def seeds(vectors: torch.Tensor, size: int, importance: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Returns codewords [size, d] by k-means++: each drawn with the odds of its squared distance to those before."""
-    among = torch.randperm(len(vectors), generator=generator)[:SEEDED]
-    vectors, importance = vectors[among], importance[among]
     chosen = [vectors[int(torch.randint(len(vectors), (), generator=generator))]]
     nearest = ((vectors - chosen[0]).square() * importance).sum(dim=1)
     for _ in range(size - 1):
@@ -53,10 +64,16 @@ def kmeans(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns codewords [size, d] and codes [n] of sub-vectors [n, d] with importances [n, d], all fp32.
 
-    A codeword that nobody takes goes to the sub-vector that lies worst. Codes are those of the codewords returned.
+    Lloyd's iterations see a share of the sub-vectors that is drawn, the last all of them. A codeword that nobody takes
+    goes to the sub-vector that lies worst. Codes are those of the codewords returned.
     """
     generator = torch.Generator().manual_seed(seed)
-    codebook = seeds(vectors, size, importance, generator)
+    if len(vectors) > SEEN:
+        among = torch.randperm(len(vectors), generator=generator)[:SEEN]
+        codebook, _ = kmeans(vectors[among], size, importance[among], iterations, seed)
+        iterations = 1
+    else:
+        codebook = seeds(vectors, size, importance, generator)
     codes = assign(vectors, codebook, importance)
     for _ in range(iterations):
         codebook, counts = centroids(vectors, codes, importance, codebook)

@@ -259,6 +259,7 @@ def train(calls: Calls, phases: Sequence[Phase], batch: int, what: str, folder: 
     That is judged on trajectories that were not trained on. What is under way is saved in `folder` from time to time,
     and gone on with where it is found there.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     saved = _Saved(folder / "training.safetensors", phases)
     for number, phase in enumerate(phases):
         if number < saved.phase or not phase.iterations:
@@ -350,7 +351,6 @@ class _Saved:
             state |= {f"{name}.{i}": optimizer.state[p][name] for i, p in enumerate(parameters)}
         state |= {"phase": torch.tensor(self.phase), "iteration": torch.tensor(iteration)}
         state |= {"error": torch.tensor(self.error, dtype=torch.float64), "generator": generator.get_state()}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         save_whole(state, self._path)
         self._at = time.monotonic()
 

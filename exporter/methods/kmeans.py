@@ -6,6 +6,7 @@ the second moments of the inputs they multiply, as in GPTVQ (van Baalen et al., 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,18 +46,41 @@ def quantize_weight(
 ) -> CodebookTensor:
     fmt = spec.format
     assert isinstance(fmt, CodebookFormat)
+    vectors, importance, scale = sub_vectors(weight, spec, moments)
+    codebook, _ = clustering.kmeans(vectors, fmt.codebook_size, importance, options.iterations)
+    return stored(codebook, scale, spec, len(weight), lambda words: clustering.assign(vectors, words, importance))
+
+
+def sub_vectors(
+    weight: torch.Tensor, spec: WeightSpec, moments: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns the sub-vectors of a weight [out, n], their importance, both [sub-vectors, d], and the rows' scale."""
+    fmt = spec.format
+    assert isinstance(fmt, CodebookFormat)
     scale = row_scale(weight) if spec.granularity == "channel" else None
     rows = weight if scale is None else weight / scale[:, None]
     importance = importance_of(weight, scale, moments)
-    vectors, importance = (x.reshape(-1, fmt.vector_size).contiguous() for x in (rows, importance))
-    codebook, _ = clustering.kmeans(vectors, fmt.codebook_size, importance, options.iterations)
-    if spec.entries:  # a matmul in FP8 or INT8 takes codewords that are exact there, and one scale after
+    return rows.reshape(-1, fmt.vector_size), importance.reshape(-1, fmt.vector_size), scale
+
+
+def stored(
+    codebook: torch.Tensor,
+    scale: torch.Tensor | None,
+    spec: WeightSpec,
+    rows: int,
+    assign: Callable[[torch.Tensor], torch.Tensor],
+) -> CodebookTensor:
+    """Returns the weight with its codewords as they are stored; `assign` chooses among what these stand for.
+
+    A matmul in FP8 or INT8 takes codewords that are exact there, and one scale after it.
+    """
+    if spec.entries:
         scale = scale_for(codebook.abs().amax(), spec.entries)
-        codebook, vectors = spec.entries.round(codebook / scale), vectors / scale
+        codebook = spec.entries.round(codebook / scale)
+        words = codebook * scale
     else:
-        codebook = codebook.half().float()
-    codes = clustering.assign(vectors, codebook, importance)
-    return CodebookTensor(codes.to(fmt.carrier).reshape(len(weight), -1), codebook, scale, fmt)
+        codebook = words = codebook.half().float()
+    return CodebookTensor(assign(words).to(spec.format.carrier).reshape(rows, -1), codebook, scale, spec.format)
 
 
 def row_scale(weight: torch.Tensor) -> torch.Tensor:
