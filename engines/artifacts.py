@@ -16,7 +16,7 @@ from typing import Any
 
 from engines.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 TIMINGS = "timings.json"  # measured, so outside every digest
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest is text about an artifact; more than this is not one of ours

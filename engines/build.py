@@ -12,6 +12,7 @@ from pathlib import Path
 
 from engines import artifacts, backends
 from engines.artifacts import Artifact, Request
+from engines.audit import check_compression
 from engines.errors import UserError
 from engines.plans import PLAN, constant_bytes, from_json
 from engines.version import code_version
@@ -31,6 +32,7 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None) -
     with artifacts.drafting(out, request) as draft:
         _run_worker(backend, graph, draft.path, target)
         rows = from_json(json.loads((draft.path / PLAN).read_text(encoding="utf-8")))
+        check_compression(rows, graph.info["layer_bytes"], f"{backend} engine{f' for {target}' if target else ''}")
         draft.info = {
             "backend": backend,
             "gpu": target,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,13 @@ DECODERS = ("DequantizeLinear", codebook.NAME)  # what reads a layer's codes
 TYPES = frozenset("FLOAT FLOAT16 INT64 INT32 BOOL INT8 INT4 FLOAT8E4M3FN FLOAT8E5M2".split())
 
 
-def check_graph(path: Path, specs: Mapping[str, LayerSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Checks a written graph and returns bytes per initializer type; a violation is a fault of ours."""
+def check_graph(
+    path: Path, specs: Mapping[str, LayerSpec], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Checks a written graph; returns bytes per initializer type, and those of each quantized layer.
+
+    A violation is a fault of ours.
+    """
     onnx.checker.check_model(str(path), full_check=True)
     model = ir.load(path)
     if alien := sorted({n.op_type if not n.domain else f"{n.domain}::{n.op_type}" for n in model.graph} - OPS - OURS):
@@ -38,15 +43,24 @@ def check_graph(path: Path, specs: Mapping[str, LayerSpec], shapes: Mapping[str,
         if value.dtype.name not in TYPES:
             raise AssertionError(f"{path}: initializer {name!r} is {value.dtype.name}")
         found[value.dtype.name] = found.get(value.dtype.name, 0) + value.const_value.nbytes
+    nodes: dict[str, list[ir.Node]] = {layer: [] for layer in specs}
+    for node in model.graph:
+        nodes.get((node.name or "").rpartition("/")[0], []).append(node)
     for layer, spec in specs.items():
-        _check_codes(model, layer, spec, shapes[layer])
-    return found
+        _check_codes(nodes[layer], layer, spec, shapes[layer])
+    return found, {layer: _constant_bytes(own) for layer, own in nodes.items()}
 
 
-def _check_codes(model: ir.Model, layer: str, spec: LayerSpec, shape: tuple[int, ...]) -> None:
+def _constant_bytes(nodes: Sequence[ir.Node]) -> int:
+    """Returns the bytes of the initializers that nodes read, each counted once."""
+    read = {value.name: value for node in nodes for value in node.inputs if value is not None}
+    return sum(v.const_value.nbytes for v in read.values() if v.is_initializer() and v.const_value is not None)
+
+
+def _check_codes(nodes: Sequence[ir.Node], layer: str, spec: LayerSpec, shape: tuple[int, ...]) -> None:
     """Checks the type and size of one layer's codes, found through what decodes them (identical ones are shared)."""
-    nodes = [n for n in model.graph if n.op_type in DECODERS and n.name and n.name.startswith(f"{layer}/")]
-    codes = [n.inputs[0] for n in nodes if n.inputs[0] is not None and n.inputs[0].is_initializer()]
+    decoders = [node for node in nodes if node.op_type in DECODERS]
+    codes = [n.inputs[0] for n in decoders if n.inputs[0] is not None and n.inputs[0].is_initializer()]
     if len(codes) != 1 or codes[0] is None or codes[0].const_value is None:
         raise AssertionError(f"layer {layer!r}: {len(codes)} weights in the graph where one was written")
     fmt: Any = spec.weight

@@ -62,7 +62,8 @@ def evenly_spaced(fmt: CodebookFormat) -> torch.Tensor:
             f"uniform: {fmt.codebook_size} codewords of {fmt.vector_size} numbers are no grid of evenly spaced values",
             fix="use 256 × 4, 256 × 2, 64 × 3, 64 × 2, 16 × 2, or vector_size 1",
         )
-    return torch.arange(count) - (count - 1) / 2
+    found: torch.Tensor = torch.arange(count) - (count - 1) / 2
+    return found
 
 
 def _steps(weight: torch.Tensor, values: torch.Tensor, importance: torch.Tensor, channels: bool) -> torch.Tensor:
