@@ -89,7 +89,7 @@ def disagreement(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> floa
 
     That is half a unit of fp16 in the last place, and √n · 2⁻²³ · Σ |x| |w| for a sum of n products in fp32, tensor
     cores cutting off where others round. Source: Higham and Mary, "A New Approach to Probabilistic Rounding Error
-    Analysis", SIAM J. Sci. Comput. 41 (2019), theorem 2.4 with λ = 1 and twice the unit.
+    Analysis", SIAM J. Sci. Comput. 41 (2019): λ √n u, with λ = 1 and twice fp32's u = 2⁻²⁴.
     """
     if not y.numel():
         return 0.0
@@ -108,7 +108,7 @@ def constants(kernel: str, weight: PackedWeight, rows: int) -> dict[str, int]:
         "D": vector_size,
         "SCALE_STRIDE": int(weight.scale is not None and weight.scale.ndim > 0),
     }
-    if kernel == "few_rows":  # a code per thread and output: 1152 outputs make 288 programs, two for each of 132 SMs
+    if kernel == "few_rows":  # a code per thread and output: 1152 outputs make 288 programs, two for each SM of an H100
         return layout | {"R": _power_of_2(rows), "N": 4, "C": 128, "num_warps": 4, "num_stages": 1}
     M, N, warps = (128, 128, 8) if rows > 512 else (min(64, _power_of_2(rows)), 64, 4)  # to be measured on a GPU
     return layout | {"M": max(16, M), "N": N, "C": 64 // vector_size, "num_warps": warps, "num_stages": 3}
@@ -129,7 +129,9 @@ def _launch(kernel: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     options: Any = constants(kernel, weight, len(flat))
     programs = -(-outputs // options["N"]), -(-len(flat) // options.get("M", len(flat)))
     arguments = flat, weight.codes, weight.codebook, weight.scale, y, len(flat), outputs
-    getattr(_kernels(x.device), kernel)[programs](*arguments, **options)
+    launch = getattr(_kernels(x.device), kernel)[programs]
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current GPU
+        launch(*arguments, **options)
     return y
 
 
