@@ -46,6 +46,7 @@ IMAGES = {"digits-dit": (512, 2000), "shapes-unet": (256, 512)}
 OTHERS = (256, 256)
 BARRED = ("fp8-fp8.channel.learned", "int4-int8.channel.rtn")
 BATCH = 32
+CODEBOOKS = ("uniform", "kmeans", "gptvq", "vq4dit")
 INT8, INT4 = {"format": "int", "bits": 8}, {"format": "int", "bits": 4}
 E4M3 = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
 E2M1 = {"format": "fp", "exponent_bits": 2, "mantissa_bits": 1}
@@ -56,28 +57,41 @@ def open_split(bits: int) -> dict[str, Any]:
     return {"format": "fp", "bits": bits}
 
 
+def codebook(vector_size: int, codebook_size: int) -> dict[str, Any]:
+    return {"format": "codebook", "vector_size": vector_size, "codebook_size": codebook_size}
+
+
 @dataclass(frozen=True)
 class Setting:
-    """Formats of weights and activations, and the methods that a table holds of it."""
+    """Formats of weights and activations (None: float), and what a table holds of it.
+
+    `recipe` is the shipped one whose other rules hold: which layers are kept is alike in all of a weight's width; where
+    it says how many trajectories it calibrates on, that is what all of the setting's methods have.
+    """
 
     weight: Mapping[str, Any]
-    activation: Mapping[str, Any]
+    activation: Mapping[str, Any] | None
     methods: Sequence[str] = ("rtn", "search", "learned")
+    granularities: Sequence[str] = ("channel", "tensor")
+    recipe: str = "fp4-fp8"
     deployable: bool = True
 
 
 SETTINGS = {
-    "int8-int8": Setting(INT8, INT8),
-    "fp8-fp8": Setting(E4M3, E4M3),
+    "int8-int8": Setting(INT8, INT8, recipe="fp8"),
+    "fp8-fp8": Setting(E4M3, E4M3, recipe="fp8"),
     "int4-int8": Setting(INT4, INT8),
     "e2m1-fp8": Setting(E2M1, E4M3),
     "e1m2-fp8": Setting(E1M2, E4M3, ("search",)),  # the integers −7 … 7
     "auto-fp8": Setting({"format": "auto", "bits": 4}, E4M3, ("search", "learned")),
-    "any8-any8": Setting(open_split(8), open_split(8), ("search",), deployable=False),
-    "any6-any6": Setting(open_split(6), open_split(6), ("search",), deployable=False),
-    "any4-any4": Setting(open_split(4), open_split(4), ("search",), deployable=False),
+    "any8-any8": Setting(open_split(8), open_split(8), ("search",), ("channel",), "fp8", deployable=False),
+    "any6-any6": Setting(open_split(6), open_split(6), ("search",), ("channel",), deployable=False),
+    "any4-any4": Setting(open_split(4), open_split(4), ("search",), ("channel",), deployable=False),
+    "vq2": Setting(codebook(4, 256), None, CODEBOOKS, recipe="vq-2bit"),
+    "vq3": Setting(codebook(2, 64), None, CODEBOOKS, recipe="vq-3bit"),
+    "vq2-fp8": Setting(codebook(4, 256), E4M3, ("kmeans", "vq4dit"), ("tensor",), "vq-2bit-fp8"),
 }
-METHODS = {"rtn": "rtn", "search": "fp_search", "learned": "fp_rounding"}
+METHODS = {"rtn": "rtn", "search": "fp_search", "learned": "fp_rounding"} | {name: name for name in CODEBOOKS}
 GRANULARITIES = ("channel", "tensor")
 
 
@@ -114,25 +128,26 @@ class Job:
 def cells(
     models: Sequence[str], settings: Sequence[str], granularities: Sequence[str], kinds: Sequence[str]
 ) -> Iterator[Cell]:
-    """Yields the cells asked for; those for study alone are per channel."""
+    """Yields the cells asked for."""
     for model in models:
         for setting in settings:
-            for granularity in granularities if SETTINGS[setting].deployable else ("channel",):
-                yield from (
-                    Cell(model, setting, granularity, kind) for kind in SETTINGS[setting].methods if kind in kinds
-                )
+            for granularity in SETTINGS[setting].granularities:
+                if granularity in granularities:
+                    yield from (
+                        Cell(model, setting, granularity, kind) for kind in SETTINGS[setting].methods if kind in kinds
+                    )
 
 
 def recipe_of(cell: Cell, job: Job) -> Recipe:
-    """Returns the cell's recipe: the layers that the shipped recipe of its weights' width keeps are kept in all."""
+    """Returns the cell's recipe: its setting's shipped one with another last rule."""
     setting = SETTINGS[cell.setting]
-    eight = "8" in cell.setting.partition("-")[0]
-    source = recipe.load("fp8" if eight else "fp4-fp8").source
-    rule = {"layers": "*", "split_skips": True, "deployable": setting.deployable}
+    source = recipe.load(setting.recipe).source
+    rule: dict[str, Any] = {"layers": "*", "split_skips": True, "deployable": setting.deployable}
     rule |= {"weight": {**setting.weight, "granularity": cell.granularity}}
-    rule |= {"activation": {**setting.activation, "observer": "mse"}}
+    if setting.activation:
+        rule |= {"activation": {**setting.activation, "observer": "mse"}}
     rule |= {"method": {"name": METHODS[cell.method], **(job.options if cell.method == "learned" else {})}}
-    calibration = {"samples": job.samples}
+    calibration = {"samples": job.samples} | source.get("calibration", {})
     return recipe.parse(cell.name, {"calibration": calibration, "rule": [*source["rule"][:-1], rule]})
 
 
@@ -152,8 +167,9 @@ def shared_request(checkpoint: Checkpoint, job: Job) -> Json:
     return {"model": checkpoint.digest, "seed": job.seed, "samples": job.samples, "images": job.images, **libraries}
 
 
-def calibration_of(checkpoint: Checkpoint, job: Job) -> Artifact:
-    return calibrate(checkpoint, job.work / checkpoint.name / "calibration", samples=job.samples, seed=job.seed)
+def calibration_of(checkpoint: Checkpoint, job: Job, samples: int | None = None) -> Artifact:
+    count = samples or job.samples
+    return calibrate(checkpoint, job.work / checkpoint.name / f"calibration-{count}", samples=count, seed=job.seed)
 
 
 @dataclass(frozen=True)
@@ -230,10 +246,10 @@ def _with_ci(value: float, interval: Sequence[float]) -> Json:
 def compute(cell: Cell, job: Job) -> Json:
     """Quantizes, draws and judges one cell."""
     torch.set_num_threads(job.threads)
-    checkpoint = open_checkpoint(cell.model)
-    calibration, count = calibration_of(checkpoint, job), job.count(cell.name)
+    checkpoint, setting, asked = open_checkpoint(cell.model), SETTINGS[cell.setting], recipe_of(cell, job)
+    calibration, count = calibration_of(checkpoint, job, asked.calibration.samples), job.count(cell.name)
     floats = references(checkpoint, job, count)
-    source = quantizing.quantize(checkpoint, recipe_of(cell, job), calibration, job.work / cell.model / cell.name)
+    source = quantizing.quantize(checkpoint, asked, calibration, job.work / cell.model / cell.name)
     timings = read_json(source.path / "timings.json")
     started = time.monotonic()
     model = quantized.load(source)
@@ -247,15 +263,16 @@ def compute(cell: Cell, job: Job) -> Json:
         found["many"] = judge(checkpoint, images, floats)
     weights = source.info["weights"]
     layers = source.info["layers"]
-    main = [layer for layer in layers.values() if layer["activation"]]
+    main = [one for one in layers.values() if one["activation"] or one["weight"]["format"] == "codebook"]
     return {
         "cell": asdict(cell),
+        "trajectories": asked.calibration.samples,
         "request": request_of(cell, job, checkpoint),
-        "deployable": SETTINGS[cell.setting].deployable,
+        "deployable": setting.deployable,
         "bits_per_weight": weights["bits_per_weight"],
         "by_format": weights["by_format"],
         "weight_formats": _counted(layer["weight"] for layer in main),
-        "activation_formats": _counted(layer["activation"] for layer in main),
+        "activation_formats": _counted(layer["activation"] for layer in main if layer["activation"]),
         "layers": len(main),
         **found,
         "step_sqnr_db": step_sqnr(source),
@@ -272,6 +289,8 @@ def _counted(found: Iterator[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def spelled(fmt: Mapping[str, Any]) -> str:
+    if fmt["format"] == "codebook":
+        return f"{fmt['codebook_size']} × {fmt['vector_size']}"
     return f"E{fmt['exponent_bits']}M{fmt['mantissa_bits']}" if fmt["format"] == "fp" else f"INT{fmt['bits']}"
 
 

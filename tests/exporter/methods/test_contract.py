@@ -11,6 +11,7 @@ import torch
 
 from engines.errors import UserError
 from exporter import methods
+from exporter.formats.codebook import Format as Codebook
 from exporter.formats.fp import Format as Fp
 from exporter.formats.int import Format as Int
 from exporter.recipe import WeightSpec
@@ -28,6 +29,7 @@ SPECS = [
 ]
 
 GRID_METHODS = [name for name in methods.names() if not methods.load(name).CODEBOOKS]
+CODEBOOK_METHODS = [name for name in methods.names() if methods.load(name).CODEBOOKS]
 every_method = pytest.mark.parametrize("name", GRID_METHODS)
 every_spec = pytest.mark.parametrize(
     "spec", SPECS, ids=[f"{s.format.kind}-{s.format.bits}-{s.granularity}" for s in SPECS]
@@ -116,6 +118,41 @@ def test_codes_and_scales_have_the_shapes_and_types_that_layers_store(name, spec
 def test_a_weight_of_zeros_stays_zero(name):
     tensor = methods.load(name).quantize_weight(torch.zeros(8, 4), WeightSpec(Int(8)), 1, options(name))
     assert torch.equal(tensor.dequantize(), torch.zeros(8, 4))
+
+
+CODEBOOKS = [
+    WeightSpec(Codebook(4, 256)),
+    WeightSpec(Codebook(2, 64), "tensor"),
+    WeightSpec(Codebook(1, 16)),
+    WeightSpec(Codebook(4, 256), "tensor", entries=Fp(4, 3)),
+    WeightSpec(Codebook(2, 64), "tensor", entries=Int(8)),
+]
+
+
+@pytest.mark.parametrize("name", CODEBOOK_METHODS)
+@pytest.mark.parametrize("spec", CODEBOOKS, ids=["2", "3 of tensor", "4", "2 fp8", "3 int8"])
+@pytest.mark.parametrize("moments", [True, False])
+def test_codebooks_hold_what_a_graph_and_a_matmul_take_and_come_out_the_same_twice(name, spec, moments):
+    x = weight()
+    seen = x.T @ x if moments else None
+    found, again = (methods.load(name).quantize_weight(x, spec, 0, options(name), seen) for _ in range(2))
+    fmt = spec.format
+    assert found.codes.shape == (64, 32 // fmt.vector_size)
+    assert found.codes.dtype == torch.uint8
+    assert int(found.codes.max()) < fmt.codebook_size
+    assert found.codebook.shape == (fmt.codebook_size, fmt.vector_size)
+    for held in (found.codebook, *([] if found.scale is None else [found.scale])):
+        assert torch.equal(held, held.half().float())
+    if spec.entries:
+        assert torch.equal(spec.entries.round(found.codebook), found.codebook)
+        assert found.scale.shape == ()
+    assert torch.equal(found.codes, again.codes)
+    assert torch.equal(found.codebook, again.codebook)
+    assert squared_error(found, x) < 0.5 * float(x.double().square().sum())
+    for value in (0.0, 1.0):  # rows that are all alike
+        constant = methods.load(name).quantize_weight(torch.full((64, 32), value), spec, 0, options(name), seen)
+        assert float((constant.dequantize() - value).abs().max()) <= 0.5
+        assert constant.codebook.isfinite().all()
 
 
 def two_layers() -> torch.nn.Sequential:
