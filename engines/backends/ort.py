@@ -125,9 +125,11 @@ def open_session(
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", dump.name + ".data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     want = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device()]
-    if (library := native.library()) and want.startswith("CPU") and graph["dtype"] == DTYPE:  # what its kernels are for
-        options.register_custom_ops_library(str(library))
     try:
+        if (
+            (library := native.library()) and want.startswith("CPU") and graph["dtype"] == DTYPE
+        ):  # what it has kernels for
+            options.register_custom_ops_library(str(library))
         session = onnxruntime.InferenceSession(
             str(model) if isinstance(model, Path) else model,
             options,

@@ -17,9 +17,12 @@
 
 namespace {
 
-constexpr int64_t PART = 32;                  // codes of an output whose dots lie in L1: 32 · 256 floats
-constexpr int64_t TILE_BYTES = 256 << 10;     // of decoded weights: half an L2, beside a panel of x
-constexpr int64_t FEW_OUTPUTS = 512;          // that share one table of dots, which costs as much as 50 outputs
+constexpr uint32_t API = 21;  // the oldest with all that is called here; newer headers have it too
+static_assert(ORT_API_VERSION >= API, "ONNX Runtime's headers must be of version 1.21 or later");
+
+constexpr int64_t PART = 32;                       // codes of an output whose dots lie in L1: 32 · 256 floats
+constexpr int64_t TILE_BYTES = 256 << 10;          // of decoded weights: half an L2, beside a panel of x
+constexpr int64_t FEW_OUTPUTS = 512;               // that share one table of dots, which costs as much as 50 outputs
 
 // Codewords by the bits of a code, so that no code there can be reads beyond them; those of no code are 0.
 struct Table {
@@ -409,7 +412,7 @@ template <typename K>
 struct Op : Ort::CustomOpBase<Op<K>, K, true> {
   static constexpr bool MATMUL = std::is_same_v<K, MatMul>;
 
-  explicit Op(ONNXTensorElementDataType codes) : codes_(codes) {}
+  explicit Op(ONNXTensorElementDataType codes) : codes_(codes) { this->version = API; }
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     try {
@@ -457,7 +460,7 @@ struct Op : Ort::CustomOpBase<Op<K>, K, true> {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  Ort::InitApi(base->GetApi(ORT_API_VERSION));
+  Ort::InitApi(base->GetApi(API));
   try {
     static const Op<Dequantize> dequantize_bytes(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
     static const Op<Dequantize> dequantize_nibbles(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4);
