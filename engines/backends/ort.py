@@ -126,9 +126,8 @@ def open_session(
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     want = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device()]
     try:
-        if (
-            (library := native.library()) and want.startswith("CPU") and graph["dtype"] == DTYPE
-        ):  # what it has kernels for
+        library = native.library()
+        if library and want.startswith("CPU") and graph["dtype"] == DTYPE:  # what it has kernels for
             options.register_custom_ops_library(str(library))
         session = onnxruntime.InferenceSession(
             str(model) if isinstance(model, Path) else model,
