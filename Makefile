@@ -21,13 +21,18 @@ lint: $(VENV)/.installed-dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+# What the package is built of; the headers are for its native kernels, which an install goes on without.
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard engines/native/*.cpp engines/native/*.inc)
+
+$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+	ci/ort_headers.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.installed-dev: $(VENV)/bin/python $(SOURCES)
+	ci/ort_headers.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info
+	rm -rf $(VENV) $(DEMO) build *.egg-info engines/native/*.so engines/native/why_not.txt

@@ -20,34 +20,43 @@ from engines.version import code_version
 FAULT = 2  # the worker's exit code for a fault of the user's, told as JSON on its last line
 
 
-def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None) -> Artifact:
-    """Builds `graph` for a backend and a target; returns what lies in `out` already if nothing changed."""
+def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, decode: str | None = None) -> Artifact:
+    """Builds `graph` for a backend and a target; returns what lies in `out` already if nothing changed.
+
+    `decode` is one of the backend's `DECODES`, the first by default. `weight_bytes` in the manifest counts what lies in
+    the engine's file, `resident_weight_bytes` what an opened engine holds: more with `load`, which expands codebooks.
+    """
     module = backends.load(backend)
-    target = module.resolve_gpu(gpu)
+    target, way = module.resolve_gpu(gpu), backends.resolve_decode(backend, decode)
     module.check(graph.info["layers"], target)
     versions = {"export_engine": code_version(), **module.fingerprint()}
-    request = Request("engine", {"graph": graph.digest}, {"backend": backend, "gpu": target}, versions)
+    settings = {"backend": backend, "gpu": target, "decode": way}
+    request = Request("engine", {"graph": graph.digest}, settings, versions)
     if (made := artifacts.current(out, request)) is not None:
         return made
     with artifacts.drafting(out, request) as draft:
-        _run_worker(backend, graph, draft.path, target)
+        _run_worker(backend, graph, draft.path, target, way)
         rows = from_json(json.loads((draft.path / PLAN).read_text(encoding="utf-8")))
-        check_compression(rows, graph.info["layer_bytes"], f"{backend} engine{f' for {target}' if target else ''}")
+        if way != "load":  # which expands codebooks on purpose, in memory alone
+            check_compression(rows, graph.info["layer_bytes"], f"{backend} engine{f' for {target}' if target else ''}")
+        resident = constant_bytes(rows)
         draft.info = {
             "backend": backend,
             "gpu": target,
             "dtype": graph.info["dtype"],
             "graph": graph.info,
-            "weight_bytes": constant_bytes(rows),
+            "decode": way,
+            "weight_bytes": graph.info["weight_bytes"] if way == "load" else resident,
+            "resident_weight_bytes": resident,
         }
     return artifacts.open_artifact(out, "engine")
 
 
-def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None) -> None:
+def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None, decode: str | None) -> None:
     command = [sys.executable, "-m", "engines.build", backend, str(graph.path.resolve()), str(folder.resolve())]
     lifeline, held = os.pipe()
     worker = subprocess.Popen(
-        [*command, gpu or ""],
+        [*command, gpu or "", decode or ""],
         stdin=lifeline,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -84,12 +93,13 @@ def _die_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _worker(backend: str, graph_folder: str, folder: str, gpu: str) -> int:
+def _worker(backend: str, graph_folder: str, folder: str, gpu: str, decode: str) -> int:
     _die_with_parent()
     try:
         graph = artifacts.open_artifact(Path(graph_folder), "graph")
         with artifacts.writing_errors(Path(folder)):
-            backends.load(backend).build(graph.file("model.onnx"), graph.info, Path(folder), gpu or None)
+            model = graph.file("model.onnx")
+            backends.load(backend).build(model, graph.info, Path(folder), gpu or None, decode or None)
     except UserError as error:
         print(json.dumps({"what": error.what, "fix": error.fix}))
         return FAULT

@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 def code_version() -> str:
     """Returns the version and a digest of the program's own source, so that changed code never serves old artifacts."""
     root = Path(__file__).parent.parent
-    sources = sorted(file for name in ("engines", "exporter", "calib_data") for file in (root / name).rglob("*.py"))
+    folders, kinds = ("engines", "exporter", "calib_data"), ("*.py", "*.cpp", "*.inc")
+    sources = sorted(file for name in folders for kind in kinds for file in (root / name).rglob(kind))
     digest = hashlib.sha256()
     for file in sources:
         digest.update(f"{file.relative_to(root).as_posix()}\0".encode())

@@ -17,6 +17,10 @@ OUT = click.option("--out", type=FOLDER, required=True, help="Folder to write.")
 STEPS = click.option("--steps", type=click.IntRange(min=1), help="Sampling steps (default: the model's own).")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 GPU = click.option("--gpu", help="Target of TensorRT backends, e.g. sm89 (default: this machine's, else sm89).")
+DECODE = click.option(
+    "--decode", type=click.Choice(["run", "load"]),
+    help="How ONNX Runtime decodes codebooks: while it runs, compressed in memory (the default), or when it opens.",
+)  # fmt: skip
 PROMPTS = click.option(
     "--prompts", type=FOLDER, help="Your own captions or class labels for calibration, one to a line."
 )
@@ -50,6 +54,7 @@ def main() -> None:
 @click.option("--backend", "backends", multiple=True, default=("ort",), show_default=True, help="May be repeated.")
 @GPU
 @click.option("--dtype", help="Float type of the graphs, fp16 or fp32 (default: each backend's own).")
+@DECODE
 @STEPS
 @PROMPTS
 @click.option("--calibration", type=FOLDER, help="A calibration set to use again, e.g. that of another recipe's run.")
@@ -62,6 +67,7 @@ def run(
     backends: tuple[str, ...],
     gpu: str | None,
     dtype: str | None,
+    decode: str | None,
     steps: int | None,
     prompts: Path | None,
     calibration: Path | None,
@@ -83,8 +89,8 @@ def run(
 
     opened = _checkpoint(model, steps, seed)
     report = runs.run(
-        opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, seed=seed, prompts=asked,
-        calibration=calibration,
+        opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, decode=decode, seed=seed,
+        prompts=asked, calibration=calibration,
     )  # fmt: skip
     _report(report, as_json, out)
 
@@ -139,12 +145,20 @@ def lower(quantized: Path, out: Path, dtype: str) -> None:
 @click.option("--backend", required=True)
 @OUT
 @GPU
-def build(graph: Path, backend: str, out: Path, gpu: str | None) -> None:
+@DECODE
+def build(graph: Path, backend: str, out: Path, gpu: str | None, decode: str | None) -> None:
     """Build an engine from a graph."""
+    from engines import backends
     from engines.artifacts import open_artifact
     from engines.build import build as stage
+    from exporter import progress
 
-    _done(stage(open_artifact(graph, "graph"), backend, out, gpu=gpu))
+    opened, way = open_artifact(graph, "graph"), backends.resolve_decode(backend, decode)
+    if note := backends.load(backend).note(opened.info, way):
+        progress.note(f"note: {note}")
+    made = stage(opened, backend, out, gpu=gpu, decode=way)
+    _done(made)
+    click.echo(_held(made.info))
 
 
 @main.command()
@@ -209,6 +223,8 @@ def inspect(artifact: Path, as_json: bool) -> None:
             click.echo(f"  {key.replace('_', ' ')}  {name}: {value}")
     for name, entry in manifest["files"].items():
         click.echo(f"  {entry['bytes']:>12,} bytes  {name}  sha256 {entry['sha256'][:16]}…")
+    if manifest["kind"] == "engine":
+        click.echo(f"  {_held(manifest['info'])}")
     if manifest["kind"] == "quantized":
         from exporter import progress, ranges
 
@@ -286,6 +302,10 @@ def _recipe(name: str) -> Any:
 
 def _done(artifact: Any) -> None:
     click.echo(f"{artifact.path}: {artifact.manifest['kind']}, digest {artifact.digest[:16]}, {artifact.bytes:,} bytes")
+
+
+def _held(engine: dict[str, Any]) -> str:
+    return f"weights: {engine['weight_bytes']:,} bytes in the file, {engine['resident_weight_bytes']:,} in memory"
 
 
 def _report(report: dict[str, Any], as_json: bool, folder: Path) -> None:

@@ -97,7 +97,7 @@ def _table(report: Json) -> Table:
         lowering = [r for r in report["accuracy"]["lowering"] if r["backend"] == engine["backend"]]
         table.add_row(
             " ".join(filter(None, (engine["backend"], engine["dtype"], engine["gpu"]))),
-            f"{_mb(engine['weight_bytes'])} MB",
+            _weights(engine),
             _median_db([row["sqnr_db"] for row in lowering]) if lowering else "not run",
             _median_db([row["floor_db"] for row in lowering]) if lowering else "",
             *_speed(speed.get(engine["backend"]), base),
@@ -135,6 +135,12 @@ def _images_line(images: Json) -> str:
 
 def _mb(count: float) -> str:
     return f"{count / 1e6:.2f}"
+
+
+def _weights(engine: Json) -> str:
+    """Returns the bytes of an engine's weights as stored, and in memory where opening it expands them."""
+    held = f", {_mb(engine['resident_weight_bytes'])} in memory" if engine["decode"] == "load" else ""
+    return f"{_mb(engine['weight_bytes'])} MB{held}"
 
 
 def _median_db(values: Sequence[float | None]) -> str:

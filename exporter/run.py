@@ -35,6 +35,7 @@ class Target:
     backend: str
     gpu: str | None
     dtype: str
+    decode: str | None
 
 
 def run(
@@ -45,6 +46,7 @@ def run(
     backend_names: Sequence[str],
     gpu: str | None = None,
     dtype: str | None = None,
+    decode: str | None = None,
     seed: int = 0,
     prompts: Sequence[str] | None = None,
     calibration: Path | None = None,
@@ -53,7 +55,7 @@ def run(
 
     `prompts` are the user's own for calibration; `calibration` is a set to use again, as another recipe's run left it.
     """
-    targets = [_target(name, gpu, dtype) for name in dict.fromkeys(backend_names)]
+    targets = [_target(name, gpu, dtype, decode) for name in dict.fromkeys(backend_names)]
     preflight(checkpoint, recipe, targets)
     with locked(out):
         data = _calibration(checkpoint, recipe, out, calibration, seed=seed, prompts=prompts)
@@ -62,10 +64,13 @@ def run(
             d: _stage(f"lower {d}", lower, source, out / "graph" / d, dtype=d)
             for d in dict.fromkeys(target.dtype for target in targets)
         }
+        for t in targets:
+            if note := backends.load(t.backend).note(graphs[t.dtype].info, t.decode):
+                progress.note(f"note: {note}")
         engines = {
             t.backend: _stage(
                 f"build {t.backend}" + (f" for {t.gpu}" if t.gpu else ""), build, graphs[t.dtype], t.backend,
-                out / "engines" / t.backend, gpu=t.gpu,
+                out / "engines" / t.backend, gpu=t.gpu, decode=t.decode,
             )
             for t in targets
         }  # fmt: skip
@@ -125,12 +130,15 @@ def _calibration(
     return found
 
 
-def _target(name: str, gpu: str | None, dtype: str | None) -> Target:
+def _target(name: str, gpu: str | None, dtype: str | None, decode: str | None) -> Target:
     module = backends.load(name)
     resolved = module.resolve_gpu(gpu)
     if gpu is not None and resolved is None:
         progress.note(f"note: --gpu {gpu} says nothing to {name}, which runs wherever it is opened")
-    return Target(name, resolved, dtype or module.DTYPE)
+    if decode is not None and not module.DECODES:
+        progress.note(f"note: --decode {decode} says nothing to {name}, which decodes codebooks its own way")
+        decode = None
+    return Target(name, resolved, dtype or module.DTYPE, backends.resolve_decode(name, decode))
 
 
 def preflight(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target]) -> None:

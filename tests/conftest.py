@@ -148,3 +148,14 @@ def plan_of(engine_of):
     from engines.plans import read_plan
 
     return lambda name, backend: read_plan(engine_of(name, backend))
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The built library; where continuous integration must have built it, its absence is a failure."""
+    from engines import native
+
+    if native.library() is None:
+        missing = pytest.fail if os.environ.get("EXPORT_ENGINE_NATIVE") == "required" else pytest.skip
+        missing(f"no native kernels: {native.why_not()}")
+    return native.library()

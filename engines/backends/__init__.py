@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from engines.artifacts import Artifact, Json
-from engines.errors import unknown
+from engines.errors import UserError, unknown
 from engines.runner import Runner
 
 Layers = Mapping[str, Mapping[str, str | None]]  # path → its types: weight, activation
 
 
 class Backend(Protocol):
-    """What a backend module holds. `DTYPE` is the float type it wants its graph in: fp32 or fp16."""
+    """What a backend module holds.
+
+    `DTYPE` is the float type it wants its graph in: fp32 or fp16. `DECODES` are the ways in which it can decode weights
+    of codebooks, its default first: while it runs (`run`), or when an engine is opened (`load`); none, if it has no
+    choice.
+    """
 
     DTYPE: str
+    DECODES: tuple[str, ...]
 
     def fingerprint(self) -> dict[str, str]:
         """Versions that decide what is built; an engine made under others is out of date."""
@@ -29,7 +35,10 @@ class Backend(Protocol):
     def check(self, layers: Layers, gpu: str | None) -> None:
         """Raises a UserError if this target cannot run a layer's format."""
 
-    def build(self, model: Path, graph: Json, folder: Path, gpu: str | None) -> None:
+    def note(self, graph: Json, decode: str | None) -> str | None:
+        """Returns what whoever builds this graph should know, or None."""
+
+    def build(self, model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> None:
         """Builds into `folder`, with the plan as plan.json; runs in a process of its own."""
 
     def cannot_run(self) -> str | None:
@@ -42,6 +51,17 @@ class Backend(Protocol):
 def names() -> list[str]:
     """Returns the backends found in this folder; a leading underscore marks shared code."""
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def resolve_decode(name: str, decode: str | None) -> str | None:
+    """Returns how a backend's engine decodes codebooks: as asked, by default, or None where it has no choice."""
+    choices = load(name).DECODES
+    if decode is not None and decode not in choices:
+        raise UserError(
+            f"--decode {decode}: {name} has no such choice, it decodes codebooks its own way",
+            fix="leave it out, or build for ort",
+        )
+    return decode or next(iter(choices), None)
 
 
 def load(name: str) -> Backend:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import gpu as gpus
+from engines import native
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError
 from engines.plans import PlanRow, tensor_bytes, write_plan
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
+DECODES = ("run", "load")
 DTYPE = "fp32"  # on a CPU, fp16 Q/DQ is not fused: eight matmuls took 260.8 ms against 11.0 ms
 # onnx.TensorProto.DataType by number, in the spelling of plans
 TYPES = {
@@ -32,7 +34,7 @@ TYPES = {
 def fingerprint() -> dict[str, str]:
     import onnxruntime
 
-    return {"onnxruntime": onnxruntime.__version__}
+    return {"onnxruntime": onnxruntime.__version__, "codebook_ops": "native" if native.library() else "portable"}
 
 
 def resolve_gpu(gpu: str | None) -> str | None:
@@ -54,9 +56,25 @@ def device() -> str:
     return "cuda" if gpus.detect() and "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
 
 
-def build(model: Path, graph: Json, folder: Path, gpu: str | None) -> None:
+def note(graph: Json, decode: str | None) -> str | None:
+    """Says so where codebooks will be decoded the slow way for want of the native library."""
+    if decode != "run" or "codebook" not in graph["weights"]["by_format"] or native.library():
+        return None
+    return (
+        f"ort: no native kernels for codebooks ({native.why_not()}): the portable path runs, slower, to the same "
+        "numbers\n  fix: install a C++ compiler and ONNX Runtime's headers, then this package again (README, "
+        "Below 4 bits on a CPU); or use --decode load"
+    )
+
+
+def build(model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> None:
+    from engines.backends import _codebooks
+
     for file in sorted(model.parent.glob(f"{model.name}*")):  # the graph and its external data
         link_or_copy(file, folder / file.name)
+    if (rewritten := _codebooks.rewrite(model, decode or DECODES[0])) is not None:
+        (folder / model.name).unlink()  # a link to the graph's own file
+        (folder / model.name).write_bytes(rewritten.SerializeToString())
     write_plan(plan(folder / model.name, graph), folder)
 
 
@@ -108,6 +126,9 @@ def open_session(
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     want = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device()]
     try:
+        library = native.library()
+        if library and want.startswith("CPU") and graph["dtype"] == DTYPE:  # what it has kernels for
+            options.register_custom_ops_library(str(library))
         session = onnxruntime.InferenceSession(
             str(model) if isinstance(model, Path) else model,
             options,

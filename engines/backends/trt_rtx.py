@@ -14,6 +14,7 @@ from engines.errors import UserError, unknown
 from engines.plans import write_plan
 
 DTYPE = "fp16"
+DECODES = ()  # its kernels decode while they run
 DEFAULT_GPU = "sm89"  # Ada: the oldest that has every format of the shipped recipes
 
 
@@ -49,7 +50,11 @@ def check(layers: Mapping[str, Mapping[str, str | None]], gpu: str | None) -> No
     _tensorrt.check_support(layers, gpu or DEFAULT_GPU, targets())
 
 
-def build(model: Path, graph: Json, folder: Path, gpu: str | None) -> None:
+def note(graph: Json, decode: str | None) -> str | None:
+    return None
+
+
+def build(model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> None:
     trt = _library()
 
     def configure(config: Any) -> None:
