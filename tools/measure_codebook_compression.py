@@ -3,9 +3,9 @@
     python tools/measure_codebook_compression.py --out out/vq-size
 
 For 2 and 3 bits, and 2 bits beside FP8 activations, it makes models of 4 and of 12 blocks by one iteration of k-means
-(sizes do not depend on the codes) and prints JSON: bits per weight of the codebook layers, the constants in the compiled
-plan over the graph's, the engine's growth over that of the codes, and the types that matmuls read. Exits with 3 if one
-is beyond its limit. Engines are built for sm89; nothing runs.
+(sizes do not depend on the codes) and prints JSON: bits per weight of the codebook layers, the constants in the
+compiled plan over the graph's, the engine's growth over that of the codes, and the types that matmuls read. Exits with
+3 if one is beyond its limit. Engines are built for sm89; nothing runs.
 """
 
 import json
