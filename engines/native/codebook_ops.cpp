@@ -20,9 +20,9 @@ namespace {
 constexpr uint32_t API = 21;  // the oldest with all that is called here; newer headers have it too
 static_assert(ORT_API_VERSION >= API, "ONNX Runtime's headers must be of version 1.21 or later");
 
-constexpr int64_t PART = 32;                       // codes of an output whose dots lie in L1: 32 · 256 floats
-constexpr int64_t TILE_BYTES = 256 << 10;          // of decoded weights: half an L2, beside a panel of x
-constexpr int64_t FEW_OUTPUTS = 512;               // that share one table of dots, which costs as much as 50 outputs
+constexpr int64_t PART = 32;               // codes of an output whose dots lie in L1: 32 · 256 floats
+constexpr int64_t TILE_BYTES = 256 << 10;  // of decoded weights: a quarter to half of an L2, beside a panel of x
+constexpr int64_t FEW_OUTPUTS = 512;       // that share one table of dots, which costs as much as 64 outputs do
 
 // Codewords by the bits of a code, so that no code there can be reads beyond them; those of no code are 0.
 struct Table {
@@ -178,8 +178,9 @@ class Codebook {
     if (shape.empty() || shape.size() > 2 || (vectors && stored.size() != 2 && stored.size() != 3))
       refuse(name, "codes " + text(stored) + " and a codebook " + text(shape) + " do not go together");
     const bool six = vectors && stored.size() == 3;
-    bits = six ? 6 : codes_info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ? 8 : 4;
-    if (six && (bits_of(codes_info) != 4 || stored[2] != 3))
+    const bool bytes = codes_info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    bits = six ? 6 : bytes ? 8 : 4;
+    if (six && (bytes || stored[2] != 3))
       refuse(name, "codes " + text(stored) + ": those of 6 bits are INT4, three nibbles to two codes");
     outputs = vectors ? stored[0] : 1;
     count = vectors ? (six ? stored[1] * 2 : stored[1]) : product(stored);
@@ -201,10 +202,6 @@ class Codebook {
   }
 
  private:
-  static int bits_of(const Ort::TensorTypeAndShapeInfo& info) {
-    return info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ? 8 : 4;
-  }
-
   // The number in the codebook of a code as `Weight::codes_of` returns it: what lies in bytes and nibbles is signed.
   int64_t entry_of(int64_t code, int64_t entries) const {
     if (bits == 6) return code;
