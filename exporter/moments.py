@@ -12,6 +12,7 @@ from exporter.modules import float_layer
 from exporter.samples import even_share
 
 GROUP_BYTES = 1 << 30  # of moments held at once: more layers take another pass over the calibration set
+TRAJECTORIES = 64  # of the calibration set: what training wants more of adds nothing to a mean of outer products
 ROWS = 1024  # of each batch, spread evenly: beyond that a moment hardly changes, and its time would
 
 

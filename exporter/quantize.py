@@ -137,9 +137,19 @@ def _ends(model: nn.Module) -> dict[str, float]:
 
 
 def watch_inputs(
-    model: nn.Module, family: Family, paths: Sequence[str], data: CalibrationSet, see: Any, what: str
+    model: nn.Module,
+    family: Family,
+    paths: Sequence[str],
+    data: CalibrationSet,
+    see: Any,
+    what: str,
+    *,
+    trajectories: int | None = None,
 ) -> None:
-    """Runs every calibration record through the model, showing `see(path, x, steps)` the inputs of layers."""
+    """Runs calibration records through the model, showing `see(path, x, steps)` the inputs of layers.
+
+    All records, or those of the first `trajectories`, by whole shards.
+    """
     now = torch.empty(0)
 
     def hook(path: str) -> Any:
@@ -156,6 +166,8 @@ def watch_inputs(
     handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
     runner = TorchRunner("float", model, family)
     batches = list(data.shards)
+    if trajectories:
+        batches = batches[: -(-len(batches) * trajectories // data.artifact.info["samples"])]
     try:
         for shard in progress.track(batches, len(batches), f"observing {what}"):
             for feeds in data.batches(shards=[shard], rows=family.rows(OBSERVED_ROWS)):
@@ -178,7 +190,7 @@ def _weights_by_inputs(
     found = {}
     for group in moments.groups(model, paths):
         seen = moments.Moments(model, group)
-        watch_inputs(model, family, group, data, seen.see, "inputs' second moments")
+        watch_inputs(model, family, group, data, seen.see, "inputs' second moments", trajectories=moments.TRAJECTORIES)
         for path in progress.track(group, len(group), "searching (layers)"):
             found[path] = quantize_weight(model, path, plan, seen.mean(path))
     return found

@@ -87,30 +87,31 @@ def quantize_weight(
 
 
 class _Mixture(torch.autograd.Function):
-    """Σ_m r_m · codebook[candidates_m], r = softmax of the logits [n, m]; nothing of [n, m, d] is kept."""
+    """Σ_m r_m · codebook[candidates_m], r = softmax of the logits [m, n] over m; nothing of [m, n, d] is kept.
+
+    Candidates lie along the first axis because torch's softmax is 80 times as fast there as along a short last one.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, codebook: torch.Tensor, candidates: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        ratios = logits.softmax(dim=1)
-        ctx.save_for_backward(ratios, codebook, *candidates)
-        mixed = ratios[:, :1] * F.embedding(candidates[0].int(), codebook)
-        for m, codes in enumerate(candidates[1:], 1):
-            mixed.addcmul_(ratios[:, m : m + 1], F.embedding(codes.int(), codebook))
+    def forward(ctx: Any, logits: torch.Tensor, codebook: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        ratios = logits.softmax(dim=0)
+        ctx.save_for_backward(ratios, codebook, candidates)
+        mixed = torch.zeros(len(logits[0]), codebook.shape[1])
+        for share, codes in zip(ratios, candidates, strict=True):
+            mixed.addcmul_(share[:, None], F.embedding(codes.int(), codebook))
         return mixed
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ratios, codebook, *candidates = ctx.saved_tensors
+        ratios, codebook, candidates = ctx.saved_tensors
         (gradient,) = gradients
-        to_ratios = torch.stack([(gradient * F.embedding(one.int(), codebook)).sum(dim=1) for one in candidates], dim=1)
-        to_logits = ratios * (to_ratios - (ratios * to_ratios).sum(dim=1, keepdim=True))
+        to_ratios = torch.stack([(gradient * F.embedding(codes.int(), codebook)).sum(dim=1) for codes in candidates])
+        to_logits = ratios * (to_ratios - (ratios * to_ratios).sum(dim=0))
         to_codebook = None
         if ctx.needs_input_grad[1]:
             to_codebook = torch.zeros_like(codebook)
-            for m, codes in enumerate(candidates):
-                to_codebook += _sums(codes, ratios[:, m : m + 1] * gradient, len(codebook))
+            for share, codes in zip(ratios, candidates, strict=True):
+                to_codebook += _sums(codes, share[:, None] * gradient, len(codebook))
         return to_logits if ctx.needs_input_grad[0] else None, to_codebook, None
 
 
@@ -134,9 +135,10 @@ class ChoosingLayer(CodebookLayer):
         if tensor.scale is not None:
             rows = rows / tensor.scale.reshape(-1, 1)
         vectors = rows.reshape(-1, tensor.codebook.shape[1])
-        self.candidates, distances = clustering.nearest(vectors, tensor.codebook, options.candidates)
-        odds = torch.ones_like(distances) if options.equal else 1 / distances.clamp(min=1e-12)
-        self.logits = nn.Parameter((odds / odds.sum(dim=1, keepdim=True)).log())
+        codes, distances = clustering.nearest(vectors, tensor.codebook, options.candidates)
+        self.candidates = codes.T.contiguous()
+        odds = torch.ones_like(distances.T) if options.equal else 1 / distances.T.clamp(min=1e-12)
+        self.logits = nn.Parameter((odds / odds.sum(dim=0)).log().contiguous())
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.detach().clone())
         if scale is not None:
@@ -145,19 +147,19 @@ class ChoosingLayer(CodebookLayer):
             self.input_multiplier = source.get_buffer("input_multiplier")
 
     def ratios(self) -> torch.Tensor:
-        """Returns the share of every candidate, [sub-vectors, candidates]."""
-        return self.logits.softmax(dim=1)
+        """Returns the share of every candidate, [candidates, sub-vectors]."""
+        return self.logits.softmax(dim=0)
 
     def settle(self) -> None:
         """Makes for good the choices that are all but made."""
         with torch.no_grad():
-            largest, choice = self.ratios().max(dim=1)
+            largest, choice = self.ratios().max(dim=0)
             made = (largest > FROZEN).nonzero().flatten()
-            self.logits[made] = APART * F.one_hot(choice[made], self.logits.shape[1]).to(self.logits.dtype)
+            self.logits[:, made] = APART * F.one_hot(choice[made], len(self.logits)).T.to(self.logits.dtype)
 
     def choice(self) -> torch.Tensor:
         """Returns every sub-vector's code, [sub-vectors] uint8."""
-        return self.candidates.gather(1, self.logits.argmax(dim=1, keepdim=True)).squeeze(1)
+        return self.candidates.gather(0, self.logits.argmax(dim=0, keepdim=True)).squeeze(0)
 
     def codewords(self) -> torch.Tensor:
         """Returns the codewords as they ship, with the gradient of what they are rounded from; [entries, d]."""
@@ -170,7 +172,7 @@ class ChoosingLayer(CodebookLayer):
         if self.hard:
             vectors = F.embedding(self.choice().int(), words)
         else:
-            vectors = _Mixture.apply(self.logits, words, self.candidates.unbind(dim=1))  # type: ignore[no-untyped-call]
+            vectors = _Mixture.apply(self.logits, words, self.candidates)  # type: ignore[no-untyped-call]
         rows = vectors.reshape(self.weight_shape[0], -1)
         scale = self._buffers.get("weight_scale")
         return self._turned(rows if scale is None else rows * scale.reshape(-1, 1))

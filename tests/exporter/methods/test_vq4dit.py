@@ -65,11 +65,11 @@ def test_candidates_are_the_nearest_codewords_and_the_first_choice_the_nearest(f
     source, layer = layer_of(fmt, candidates=3)
     vectors = source.weight.reshape(-1, fmt.vector_size)
     nearest = torch.cdist(vectors, layer.words.detach()).argsort(dim=1)[:, :3]
-    found = torch.cdist(vectors, layer.words.detach()).gather(1, layer.candidates.long())
+    found = torch.cdist(vectors, layer.words.detach()).gather(1, layer.candidates.T.long())
     assert torch.allclose(found, torch.cdist(vectors, layer.words.detach()).gather(1, nearest), atol=1e-3)
-    assert torch.equal(layer.choice(), layer.candidates[:, 0])
-    assert torch.allclose(layer.ratios().sum(dim=1), torch.ones(len(vectors)))
-    assert layer.ratios()[:, 0].min().item() >= 1 / 3 - 1e-6  # nearer, likelier
+    assert torch.equal(layer.choice(), layer.candidates[0])
+    assert torch.allclose(layer.ratios().sum(dim=0), torch.ones(len(vectors)))
+    assert layer.ratios()[0].min().item() >= 1 / 3 - 1e-6  # nearer, likelier
 
 
 def test_ratios_may_start_equal():
@@ -83,7 +83,7 @@ def test_gradients_of_the_mixture_are_those_of_the_formula():
     gradient = torch.randn(64, 96, generator=torch.Generator().manual_seed(2))
     (layer._weight(torch.float32) * gradient).sum().backward()
     logits, words = (p.detach().clone().requires_grad_(True) for p in (layer.logits, layer.words))
-    mixed = (logits.softmax(dim=1)[:, :, None] * words[layer.candidates.long()]).sum(dim=1)
+    mixed = (logits.softmax(dim=0)[:, :, None] * words[layer.candidates.long()]).sum(dim=0)
     (mixed.reshape(96, 64).T * gradient).sum().backward()
     for ours, theirs in ((layer.logits.grad, logits.grad), (layer.words.grad, words.grad)):
         assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)  # fp32 sums in another order
@@ -92,14 +92,14 @@ def test_gradients_of_the_mixture_are_those_of_the_formula():
 def test_a_choice_that_is_all_but_made_is_made_for_good():
     _, layer = layer_of()
     with torch.no_grad():
-        layer.logits[0], layer.logits[1] = torch.tensor([0.0, 5.0]), torch.tensor([0.0, 4.0])  # 99.3 %, 98.2 %
+        layer.logits[:, 0], layer.logits[:, 1] = torch.tensor([0.0, 5.0]), torch.tensor([0.0, 4.0])  # 99.3 %, 98.2 %
     layer.settle()
-    assert torch.equal(layer.ratios()[0], torch.tensor([0.0, 1.0]))
+    assert torch.equal(layer.ratios()[:, 0], torch.tensor([0.0, 1.0]))
     assert 0.98 < layer.ratios()[1, 1].item() < 0.99
     layer.hard = False
     layer._weight(torch.float32).square().sum().backward()
-    assert not layer.logits.grad[0].any()
-    assert layer.logits.grad[1].any()
+    assert not layer.logits.grad[:, 0].any()
+    assert layer.logits.grad[:, 1].any()
 
 
 @pytest.mark.parametrize("smooth", [False, True])
@@ -107,10 +107,10 @@ def test_the_regulariser_is_least_where_all_choices_are_made(smooth):
     _, layer = layer_of(smooth=smooth, regularizer=2.0, warmup=0.5, equal=True)
     (choices, _) = vq4dit.phases([layer], vq4dit.Options(smooth=smooth, regularizer=2.0, warmup=0.5))
     assert choices.regularizer(0.49) == 0
-    assert float(choices.regularizer(0.5)) == pytest.approx(0.5 if smooth else 2.0)
+    assert choices.regularizer(0.5).item() == pytest.approx(0.5 if smooth else 2.0)
     with torch.no_grad():
-        layer.logits[:, 0] = vq4dit.APART
-    assert float(choices.regularizer(1.0)) == 0
+        layer.logits[0] = vq4dit.APART
+    assert choices.regularizer(1.0).item() == 0
 
 
 @pytest.mark.parametrize("together", [True, False])
