@@ -47,10 +47,10 @@ class Options:
     importance: bool = True
     start_iterations: int = 100
     candidates: int = 2
-    iterations: int = 600
+    iterations: int = 1000
     codebook_iterations: int = 200
-    batch: int = 128
-    rows: int = 4096
+    batch: int = 64
+    rows: int = 12288
     rate: float = 0.05
     codebook_rate: float = 0.01
     bias_rate: float = 0.01
