@@ -169,9 +169,10 @@ def build(graph: Path, backend: str, out: Path, gpu: str | None, decode: str | N
 def validate(run: Path, layers: bool, seed: int, as_json: bool) -> None:
     """Hold the engines of RUN against PyTorch again."""
     from exporter import run as runs
+    from exporter import run_folder
 
-    checkpoint, opened = runs.open_run(run)
-    with runs.locked(run):
+    checkpoint, opened = run_folder.open_run(run)
+    with run_folder.locked(run):
         report = runs.report(checkpoint, opened, run, seed=seed)
         found = runs.layers(checkpoint, opened, run) if layers else None
     if found is not None and not as_json:

@@ -16,11 +16,11 @@ from engines.artifacts import Artifact, Json
 from engines.backends import ort
 from exporter import progress, quantized
 from exporter.formats import Format
-from exporter.metrics import sqnr_db
+from exporter.metrics import finite, sqnr_db
 from exporter.modules import QuantizedLayer
 from exporter.quantize import reference_feeds, reference_steps
+from exporter.run_folder import Run
 from exporter.runners import TorchRunner
-from exporter.validate import Run, finite
 
 ROWS = 8  # of each reference feed
 GROUP = 16  # layers whose inputs are held at once: bounds the memory

@@ -146,3 +146,8 @@ def knn_precision(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> fl
     Source: Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 2 (precision), k = 3.
     """
     return knn_recall(generated, real, k)
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity: an infinite dB, of equal tensors, is null."""
+    return value if math.isfinite(value) else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +12,16 @@ from engines import artifacts, backends
 from engines.artifacts import Artifact, Json, digest_file
 from engines.build import build
 from engines.errors import UserError
-from exporter import bench, damage, progress, quantized
+from exporter import bench, damage, progress
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
 from exporter.layers import compare_layers
-from exporter.lower import DTYPES, check_deployable, lower
+from exporter.lower import check_deployable, lower
 from exporter.plan import layer_specs
 from exporter.quantize import quantize
 from exporter.recipe import Recipe
-from exporter.validate import Run, validate
+from exporter.run_folder import Run, locked, remove_stale
+from exporter.validate import validate
 from exporter.versions import versions
 
 REPORT, PICTURE = "report.json", "samples.png"
@@ -74,31 +73,8 @@ def run(
             )
             for t in targets
         }  # fmt: skip
-        _remove_stale(out, source)
+        remove_stale(out, source)
         return report(checkpoint, Run(source, graphs, engines), out, seed=seed)
-
-
-def _remove_stale(out: Path, source: Artifact) -> None:
-    """Removes graphs and engines that an earlier run left here and that are not of this run's quantized model."""
-    for artifact in _stale(out, source):
-        progress.note(f"{artifact.path.relative_to(out)}: of an earlier run with another recipe or model, removed")
-        shutil.rmtree(artifact.path)
-
-
-def _stale(out: Path, source: Artifact) -> list[Artifact]:
-    graphs, engines = _graphs(out).values(), _engines(out).values()
-    old = [graph for graph in graphs if graph.manifest["made_from"]["quantized"] != source.digest]
-    fresh = {graph.digest for graph in graphs} - {graph.digest for graph in old}
-    return [*old, *(engine for engine in engines if engine.manifest["made_from"]["graph"] not in fresh)]
-
-
-def _graphs(out: Path) -> dict[str, Artifact]:
-    return {d: artifacts.open_artifact(out / "graph" / d, "graph") for d in DTYPES if (out / "graph" / d).is_dir()}
-
-
-def _engines(out: Path) -> dict[str, Artifact]:
-    folders = sorted((out / "engines").glob("*")) if (out / "engines").is_dir() else []
-    return {f.name: artifacts.open_artifact(f, "engine") for f in folders if f.name in backends.names()}
 
 
 def _calibration(
@@ -198,35 +174,3 @@ def _timings(run: Run, content: Json, validate_seconds: float) -> Json:
     made |= {f"engine {name}": engine for name, engine in run.engines.items()}
     stages = {name: artifacts.read_json(artifact.path / artifacts.TIMINGS) for name, artifact in made.items()}
     return {"stages": {**stages, "validate": {"seconds": validate_seconds}}, "throughput": content["throughput"]}
-
-
-def open_run(out: Path) -> tuple[Checkpoint, Run]:
-    """Opens what `run` left in a folder."""
-    if not (out / "quantized").is_dir():
-        raise UserError(f"{out}: holds no run (no quantized/)", fix="give the --out of an export-engine run")
-    source = artifacts.open_artifact(out / "quantized", "quantized")
-    if stale := _stale(out, source):
-        raise UserError(
-            f"{stale[0].path}: was made from another model than {source.path}",
-            fix="remove it, or run again into this folder",
-        )
-    return quantized.checkpoint_of(source), Run(source, _graphs(out), _engines(out))
-
-
-def locked(out: Path) -> contextlib.AbstractContextManager[Any]:
-    """Returns a lock on `out`, so that two runs never write into one folder."""
-    from filelock import FileLock, Timeout
-
-    with artifacts.writing_errors(out):
-        artifacts.refuse_beneath_file(out)
-        if out.is_dir() and any(out.iterdir()) and not (out / ".lock").exists() and not (out / "quantized").exists():
-            raise UserError(f"{out}: is a folder that holds other things", fix="choose a new or an empty folder")
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(
-                f"{out}: another run is writing here", fix="wait for it, or choose another --out"
-            ) from error
-    return lock

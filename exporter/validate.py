@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,8 +16,10 @@ from engines.runner import Runner
 from exporter import images, progress, quantized
 from exporter.checkpoint import Checkpoint
 from exporter.conditions import validation_entries
-from exporter.metrics import sqnr_db
+from exporter.layers import compare_layers
+from exporter.metrics import finite, sqnr_db
 from exporter.quantize import REFERENCE_ROWS, reference_feeds, reference_steps
+from exporter.run_folder import Run
 from exporter.runners import TorchRunner, in_chunks
 
 FLOOR_MARGIN_DB = 3.0  # how far under the rounding floor an engine may fall: twice the noise power
@@ -33,15 +34,6 @@ NEGLIGIBLE_DB = 20.0
 # differ where a value lies within fp32's rounding of a boundary.
 LAYER_DB, LAYER_CODES = 60.0, 1e-4
 ACCURACY_MARGIN = 0.01  # of the float model's task score
-
-
-@dataclass(frozen=True)
-class Run:
-    """The artifacts of one run."""
-
-    quantized: Artifact
-    graphs: Mapping[str, Artifact]
-    engines: Mapping[str, Artifact]
 
 
 def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -> Json:
@@ -109,7 +101,6 @@ def _is_doubtful(row: Json, quantization: Mapping[int, float | None]) -> bool:
 
 def _layers_agree(run: Run, dtype: str) -> bool:
     """Whether every layer's nodes in the engine's graph give what PyTorch's layer gives, on the same inputs."""
-    from exporter.layers import compare_layers  # which itself needs this module
 
     engine = run.engines["ort"]
     graph = Artifact(engine.path, engine.manifest | {"info": engine.info["graph"]})  # as it lies in the engine
@@ -236,8 +227,3 @@ def _under(row: Json, quantization_db: float | None) -> float:
 def not_finite(tensor: torch.Tensor) -> int:
     """Returns how many values are NaN or infinite."""
     return int((~tensor.isfinite()).sum())
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity: an infinite dB, of equal tensors, is null."""
-    return value if math.isfinite(value) else None

@@ -17,10 +17,11 @@ from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
 from exporter.layers import compare_layers
 from exporter.lower import lower
-from exporter.metrics import sqnr_db
+from exporter.metrics import finite, sqnr_db
 from exporter.quantize import quantize
+from exporter.run_folder import Run
 from exporter.runners import TorchRunner
-from exporter.validate import FLOOR_MARGIN_DB, Run, _under, finite, lowering_rows, open_runners, per_step_rows
+from exporter.validate import FLOOR_MARGIN_DB, _under, lowering_rows, open_runners, per_step_rows
 
 LAYER_KINDS = ("gemm", "correlation")  # TensorRT's names for matmuls and convolutions
 

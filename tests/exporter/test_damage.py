@@ -143,7 +143,7 @@ def test_random_weights_are_not_read_whole(made):
 def test_the_command_writes_and_prints_the_ranking(made, tmp_path, monkeypatch, capsys):
     from exporter import run as runs
     from exporter.layers import print_layers
-    from exporter.validate import Run
+    from exporter.run_folder import Run
 
     checkpoint, artifact = made
     monkeypatch.setenv("COLUMNS", "160")

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from exporter.metrics import sqnr_db
-from exporter.validate import _under, check, finite, lowering_rows
+from exporter.metrics import finite, sqnr_db
+from exporter.validate import _under, check, lowering_rows
 
 
 def row(sqnr, floor, dtype="fp16"):

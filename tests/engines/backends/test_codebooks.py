@@ -31,7 +31,7 @@ from exporter.layers import compare_layers
 from exporter.lower import lower
 from exporter.metrics import sqnr_db
 from exporter.quantize import quantize, reference_feeds
-from exporter.validate import Run
+from exporter.run_folder import Run
 
 FP8 = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
 INT8 = {"format": "int", "bits": 8}

@@ -15,7 +15,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.layers import compare_layers
 from exporter.lower import lower
 from exporter.quantize import quantize
-from exporter.validate import Run
+from exporter.run_folder import Run
 
 INT8 = {"format": "int", "bits": 8}
 FP8 = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
