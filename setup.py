@@ -41,6 +41,7 @@ class BuildOptional(build_ext):
         places = {built.with_name("why_not.txt"), ROOT / "engines/native/why_not.txt"}  # of a wheel, and of an editable
         for place in places:
             place.unlink(missing_ok=True)
+            place.with_name(built.name).unlink(missing_ok=True)  # one of older sources must not stay in use
         try:
             extension.include_dirs = [str(include_folder())]
             super().build_extension(extension)

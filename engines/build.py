@@ -37,8 +37,9 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, d
     with artifacts.drafting(out, request) as draft:
         _run_worker(backend, graph, draft.path, target, way)
         rows = from_json(json.loads((draft.path / PLAN).read_text(encoding="utf-8")))
+        where = f"{backend} engine{f' for {target}' if target else ''}"
         if way != "load":  # which expands codebooks on purpose, in memory alone
-            check_compression(rows, graph.info["layer_bytes"], f"{backend} engine{f' for {target}' if target else ''}")
+            check_compression(rows, graph.info["layers"], graph.info["module_bytes"], where)
         resident = constant_bytes(rows)
         draft.info = {
             "backend": backend,

@@ -27,18 +27,26 @@ def assign(vectors: torch.Tensor, codebook: torch.Tensor, importance: torch.Tens
     return torch.cat([distances(part, codebook, weights).argmin(dim=1) for part, weights in parts])
 
 
-def nearest(vectors: torch.Tensor, codebook: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns every sub-vector's `count` nearest codewords, [n, count] uint8, and their squared distances, fp32."""
+def nearest(
+    vectors: torch.Tensor, codebook: torch.Tensor, chosen: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns every sub-vector's `chosen` codeword [n] and the nearest others: codes [n, count] uint8, and distances.
+
+    Distances are squared, fp32, none less than that of the chosen one, which may be chosen by another measure.
+    """
     codes, found = [], []
-    for part in torch.split(vectors, max(1, CHUNK_NUMBERS // len(codebook))):
-        own = part.square().sum(dim=1, keepdim=True)
-        least = (own + distances(part, codebook, torch.ones_like(part))).topk(count, dim=1, largest=False)
-        codes.append(least.indices.to(torch.uint8))
-        found.append(least.values.clamp(min=0))
+    step = max(1, CHUNK_NUMBERS // len(codebook))
+    for part, own in zip(torch.split(vectors, step), torch.split(chosen.long(), step), strict=True):
+        square = part.square().sum(dim=1, keepdim=True)
+        all_ = (square + distances(part, codebook, torch.ones_like(part))).clamp(min=0)
+        first = all_.gather(1, own[:, None])
+        others = all_.scatter(1, own[:, None], torch.inf).topk(count - 1, dim=1, largest=False)
+        codes.append(torch.cat([own[:, None], others.indices], dim=1).to(torch.uint8))
+        found.append(torch.cat([first, torch.maximum(others.values, first)], dim=1))
     return torch.cat(codes), torch.cat(found)
 
 
-def centroids(
+def means(
     vectors: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor, codebook: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns every codeword as its sub-vectors' weighted mean, and how many it has; one without keeps its place."""
@@ -76,7 +84,7 @@ def kmeans(
         codebook = seeds(vectors, size, importance, generator)
     codes = assign(vectors, codebook, importance)
     for _ in range(iterations):
-        codebook, counts = centroids(vectors, codes, importance, codebook)
+        codebook, counts = means(vectors, codes, importance, codebook)
         if (empty := (counts == 0).nonzero().flatten()).numel():
             errors = ((vectors - codebook[codes]).square() * importance).sum(dim=1)
             codebook[empty] = vectors[errors.topk(min(len(empty), len(errors))).indices][: len(empty)]

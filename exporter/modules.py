@@ -359,7 +359,7 @@ def _check_codebook(path: str, layer: FloatLayer, fmt: CodebookFormat) -> None:
     if fmt.codebook_size * WARRANTED > vectors:
         raise UserError(
             f"{what} for {vectors} sub-vectors: at least {fmt.codebook_size * WARRANTED} warrant one",
-            fix="use a smaller codebook_size or keep the layer (narrower_than in a rule before this one)",
+            fix="use a smaller codebook_size, or keep such layers (fewer_weights_than in a rule before this one)",
         )
 
 
@@ -416,13 +416,14 @@ class LayerFacts:
     conv: bool
     channels: int
     grouped: bool
+    weights: int
 
 
 def facts(layer: FloatLayer) -> LayerFacts:
     """Returns what rules may ask about a layer."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     narrow = min(layer.weight.shape[0] // groups, layer.weight.shape[1])
-    return LayerFacts(isinstance(layer, nn.Conv2d), narrow, groups > 1)
+    return LayerFacts(isinstance(layer, nn.Conv2d), narrow, groups > 1, layer.weight.numel())
 
 
 def float_layer(model: nn.Module, path: str) -> FloatLayer:

@@ -22,12 +22,12 @@ def width(model: nn.Module, path: str) -> int:
     return 0 if isinstance(layer, nn.Conv2d) and layer.groups > 1 else layer.weight[0].numel()
 
 
-def groups(model: nn.Module, paths: Sequence[str]) -> Iterator[list[str]]:
+def groups(model: nn.Module, paths: Sequence[str], *, diagonal: bool = False) -> Iterator[list[str]]:
     """Yields the paths in groups whose moments take at most GROUP_BYTES, unless one layer's alone take more."""
     group: list[str] = []
     held = 0
     for path in paths:
-        size = 4 * width(model, path) ** 2
+        size = 4 * width(model, path) ** (1 if diagonal else 2)
         if group and held + size > GROUP_BYTES:
             yield group
             group, held = [], 0
@@ -38,21 +38,25 @@ def groups(model: nn.Module, paths: Sequence[str]) -> Iterator[list[str]]:
 
 
 class Moments:
-    """Sums x xᵀ over what layers read."""
+    """Sums x xᵀ over what layers read, or only its `diagonal`."""
 
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, paths: Sequence[str], *, diagonal: bool = False) -> None:
         self._layers = {path: float_layer(model, path) for path in paths}
-        self._sums = {path: torch.zeros(width(model, path), width(model, path)) for path in paths}
+        self._diagonal = diagonal
+        self._sums = {path: torch.zeros([width(model, path)] * (1 if diagonal else 2)) for path in paths}
         self._counts = dict.fromkeys(paths, 0)
         self._generator = torch.Generator().manual_seed(0)
 
     def see(self, path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
         rows = _rows(self._layers[path], x, self._generator)
-        self._sums[path].addmm_(rows.T, rows)
+        if self._diagonal:
+            self._sums[path] += rows.square().sum(dim=0)
+        else:
+            self._sums[path].addmm_(rows.T, rows)
         self._counts[path] += len(rows)
 
     def mean(self, path: str) -> torch.Tensor:
-        """Returns E[x xᵀ], [in, in], in the order of the weight's own inputs, and forgets the sum."""
+        """Returns E[x xᵀ], [in, in], or E[x²], [in], in the order of the weight's own inputs, and forgets the sum."""
         return self._sums.pop(path) / self._counts[path]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         draft.info = _info(checkpoint, recipe, calibration, model, plan, factors)
         _add_quantized_outputs(reference, model, family, floors=plan.deployable)  # last: it leaves the model in fp16
         save_tensors(reference, draft.path / quantized.REFERENCE)
+        shutil.rmtree(draft.path / BLOCKS, ignore_errors=True)  # a kill until now would have found what was trained
         draft.timings["peak_rss_bytes"] = peak_rss_bytes()
     return artifacts.open_artifact(out, "quantized")
 
@@ -182,17 +184,18 @@ def _weights_by_inputs(
     model: nn.Module, family: Family, plan: Plan, data: CalibrationSet
 ) -> dict[str, QuantizedTensor | CodebookTensor]:
     """Quantizes the weights of the layers whose method looks at their inputs, while all are still float."""
-    paths = []
+    wanted: dict[str, list[str]] = {"diagonal": [], "full": [], "none": []}
     for path in plan.specs:
-        method = plan.rules[path].method
-        if method and methods.load(method.name).needs_moments(method.options) and moments.width(model, path):
-            paths.append(path)
+        method, options = plan.method(path)
+        wanted[method.needs_moments(options) if moments.width(model, path) else "none"].append(path)
     found = {}
-    for group in moments.groups(model, paths):
-        seen = moments.Moments(model, group)
-        watch_inputs(model, family, group, data, seen.see, "inputs' second moments", trajectories=moments.TRAJECTORIES)
-        for path in progress.track(group, len(group), "searching (layers)"):
-            found[path] = quantize_weight(model, path, plan, seen.mean(path))
+    for kind in ("diagonal", "full"):
+        for group in moments.groups(model, wanted[kind], diagonal=kind == "diagonal"):
+            seen = moments.Moments(model, group, diagonal=kind == "diagonal")
+            what = "inputs' second moments"
+            watch_inputs(model, family, group, data, seen.see, what, trajectories=moments.TRAJECTORIES)
+            for path in progress.track(group, len(group), "searching (layers)"):
+                found[path] = quantize_weight(model, path, plan, seen.mean(path))
     return found
 
 

@@ -158,12 +158,14 @@ def load(artifact: Artifact) -> nn.Module:
 
 
 def load_layer(stored: StoredTensors, path: str, spec: LayerSpec, source: nn.Module) -> QuantizedLayer:
-    """Reads one quantized layer; geometry and bias are those of the float layer it stands for."""
+    """Reads one quantized layer, whose geometry is that of the float layer it stands for."""
     assert isinstance(source, FLOAT_LAYERS), path
     layer = quantized_layer(source, spec)
     for leaf, buffer in list(layer.named_buffers()):
         if leaf not in DERIVED:
             layer._buffers[leaf] = _restored(stored.raw(f"{path}.{leaf}"), buffer, layer, leaf)
+    if layer.bias is not None and f"{path}.bias" in stored:  # of the halves of a split convolution one has none
+        layer.bias = nn.Parameter(stored.raw(f"{path}.bias").float(), requires_grad=False)
     return layer
 
 

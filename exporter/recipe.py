@@ -20,7 +20,17 @@ FOLDER = catalog.HERE / "recipes"
 MAX_RECIPE_BYTES = 1 << 20
 SCOPES = ("all", "blocks", "outside_blocks")
 TYPES = ("any", "conv", "linear")
-RULE_KEYS = ("layers", "scope", "optional", "type", "grouped", "narrower_than", "split_skips", "deployable")
+RULE_KEYS = (
+    "layers",
+    "scope",
+    "optional",
+    "type",
+    "grouped",
+    "narrower_than",
+    "fewer_weights_than",
+    "split_skips",
+    "deployable",
+)
 _FORMAT_KEYS = ("bits", "exponent_bits", "mantissa_bits")
 _CODEBOOK_KEYS = ("vector_size", "codebook_size")
 
@@ -63,8 +73,8 @@ class Rule:
     """Which layers, and how they are quantized; without `weight` they are kept.
 
     A layer must match all of `layers` (a shell pattern on module paths), `scope` (which part of the model), `type`,
-    `grouped` (only convolutions in groups) and `narrower_than` (fewer channels in or out, per group). Not `deployable`:
-    for study, with formats that no engine multiplies.
+    `grouped` (only convolutions in groups), `narrower_than` (fewer channels in or out, per group) and
+    `fewer_weights_than`. Not `deployable`: for study, with formats that no engine multiplies.
     """
 
     layers: str
@@ -73,6 +83,7 @@ class Rule:
     type: str = "any"
     grouped: bool = False
     narrower_than: int | None = None
+    fewer_weights_than: int | None = None
     split_skips: bool = False
     deployable: bool = True
     weight: WeightSpec | None = None
@@ -85,6 +96,8 @@ class Rule:
         if self.type != "any" and layer.conv != (self.type == "conv"):
             return False
         if (self.grouped and not layer.grouped) or (self.narrower_than and layer.channels >= self.narrower_than):
+            return False
+        if self.fewer_weights_than and layer.weights >= self.fewer_weights_than:
             return False
         return fnmatchcase(path, self.layers)
 
@@ -133,6 +146,7 @@ def _matches_nothing(where: str, rule: Rule, layers: Sequence[str]) -> UserError
     asked = [f"scope {rule.scope!r}"]
     asked += [f"type {rule.type!r}"] * (rule.type != "any") + ["grouped"] * rule.grouped
     asked += [f"narrower_than {rule.narrower_than}"] * bool(rule.narrower_than)
+    asked += [f"fewer_weights_than {rule.fewer_weights_than}"] * bool(rule.fewer_weights_than)
     return UserError(
         f"{where}: layers = {rule.layers!r} ({', '.join(asked)}) matches none of the model's {len(layers)} layers",
         fix=f"{hint}layers are named like {layers[0]!r}; mend the pattern, or write optional = true",
@@ -210,8 +224,9 @@ def _rule(table: Any, where: str) -> Rule:
     for key in ("optional", "grouped", "split_skips", "deployable"):
         if not isinstance(table.get(key, False), bool):
             raise UserError(f"{where}: {key} = {table[key]!r}", fix=f"write {key} = true or false, or leave it out")
-    if "narrower_than" in table:
-        _integer(table, "narrower_than", where, default=0, least=2)
+    for key in ("narrower_than", "fewer_weights_than"):
+        if key in table:
+            _integer(table, key, where, default=0, least=2)
     rule = Rule(**{key: table[key] for key in RULE_KEYS if key in table})
     if "keep" in table:
         return _keep(rule, table, where)
@@ -331,7 +346,7 @@ def _candidates(table: Mapping[str, Any], where: str, deployable: bool) -> tuple
     name = str(table.get("format", ""))
     if name != "auto" and (name != "fp" or "bits" not in table):
         return ()
-    if extra := {"exponent_bits", "mantissa_bits"} & table.keys():
+    if extra := {"exponent_bits", "mantissa_bits", *_CODEBOOK_KEYS} & table.keys():
         raise UserError(f"{where}: says bits, which leaves the split open, and {min(extra)}", fix="drop one of them")
     return formats.of_bits(name, _integer(table, "bits", where, default=0, least=2), where, deployable)
 

@@ -28,7 +28,7 @@ from exporter.models import Family
 from exporter.runners import TorchRunner
 from exporter.samples import Samples
 
-SAVE_SECONDS = 60.0  # between two savings of what is being trained
+SAVE_SECONDS, SAVE_SHARE = 60.0, 0.05  # between two savings of what is being trained; of the time, what saving may take
 OUTPUT = ""  # the path of the model itself, whose output is one more target where blocks are trained jointly
 Rows = dict[str, torch.Tensor]
 
@@ -63,14 +63,17 @@ class _Reached(Exception):
 
 def record_targets(model: nn.Module, family: Family, paths: Sequence[str], samples: Samples, folder: Path) -> None:
     """Writes float outputs as `<path>/target-<chunk>.safetensors`, of every path, unless a run before has."""
-    now, finished = 0, folder / "targets"
+    now, written, finished = 0, 0, folder / "targets"
     if finished.exists():
         return
 
     def hook(path: str) -> Callable[..., None]:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            nonlocal written
             tensors = {str(i): t.contiguous() for i, t in enumerate(_tensors(output))}
-            _write(tensors, _target(folder, path, now), len(paths) * len(chunks))
+            written += sum(tensor.nbytes for tensor in tensors.values())
+            _target(folder, path, now).parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(tensors, _target(folder, path, now))
 
         return keep
 
@@ -78,8 +81,10 @@ def record_targets(model: nn.Module, family: Family, paths: Sequence[str], sampl
     handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     runner = TorchRunner("float", model, family)
     try:
-        for now, feeds in enumerate(progress.track(chunks, len(chunks), "float outputs of blocks")):  # noqa: B007
+        for now, feeds in enumerate(progress.track(chunks, len(chunks), "float outputs of blocks")):
             runner.run_tensors(feeds)
+            if now == 0:
+                _check_space(folder, written * (len(chunks) - 1))
     finally:
         for handle in handles:
             handle.remove()
@@ -97,15 +102,12 @@ def _target(folder: Path, path: str, chunk: int) -> Path:
     return folder / path / f"target-{chunk:05d}.safetensors"
 
 
-def _write(tensors: Rows, path: Path, files: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    needed = files * sum(tensor.nbytes for tensor in tensors.values())
-    if path.name.endswith("-00000.safetensors") and needed > shutil.disk_usage(path.parent).free:
+def _check_space(folder: Path, needed: int) -> None:
+    if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(
-            f"{path.parent}: the blocks' outputs would take about {needed / 1e9:.1f} GB of disk, more than is free",
+            f"{folder}: the blocks' outputs want {needed / 1e9:.1f} GB more of disk, and {free / 1e9:.1f} GB are free",
             fix="train on fewer rows (the method's option `rows`), or free some",
         )
-    save_tensors(tensors, path)
 
 
 class Calls(ABC):
@@ -312,7 +314,7 @@ class _Saved:
 
     def __init__(self, path: Path, phases: Sequence[Phase]) -> None:
         """Sets the parameters to what `path` holds, if a run before left it."""
-        self._path, self._at = path, time.monotonic()
+        self._path, self._at, self._spent = path, time.monotonic(), 0.0
         self._all = list(dict.fromkeys(p for phase in phases for p in _parameters(phase)))
         self.phase, self.error = 0, float("inf")
         self.before: list[torch.Tensor] | None = None
@@ -342,7 +344,8 @@ class _Saved:
 
     def save(self, iteration: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
         """Writes everything, whole or not at all, if the last time is long enough ago."""
-        if time.monotonic() - self._at < SAVE_SECONDS:
+        started = time.monotonic()
+        if started - self._at < max(SAVE_SECONDS, self._spent / SAVE_SHARE):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state = {f"parameter.{i}": p.detach() for i, p in enumerate(self._all)}
@@ -353,6 +356,7 @@ class _Saved:
         state |= {"error": torch.tensor(self.error, dtype=torch.float64), "generator": generator.get_state()}
         save_whole(state, self._path)
         self._at = time.monotonic()
+        self._spent = self._at - started
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)

@@ -72,15 +72,19 @@ def _chunks(data: CalibrationSet, places: Sequence[Place], size: int, generator:
     records: dict[tuple[int, int], list[int]] = {}
     for step, shard, row in places:
         records.setdefault((shard, step), []).append(row)
-    parts = []
+    if not places:
+        return []
+    order = torch.randperm(len(places), generator=generator)
+    target, filled = order.argsort(), 0  # where each row goes, so that none is held twice
+    whole: Rows = {}
     for (shard, step), rows in sorted(records.items()):
         ((_, feeds),) = data.read(data.shards[shard], [data.steps[step]])
-        parts.append({name: value[rows] for name, value in feeds.items()})
-    if not parts:
-        return []
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    order = torch.randperm(len(joined["step"]), generator=generator)
-    return [{n: value[order[i : i + size]] for n, value in joined.items()} for i in range(0, len(order), size)]
+        if not whole:
+            whole = {name: value.new_empty(len(places), *value.shape[1:]) for name, value in feeds.items()}
+        for name, value in feeds.items():
+            whole[name][target[filled : filled + len(rows)]] = value[rows]
+        filled += len(rows)
+    return [{name: value[i : i + size] for name, value in whole.items()} for i in range(0, len(order), size)]
 
 
 def even_share(count: int, most: int, generator: torch.Generator) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """From float layers to quantized ones, in place: one at a time, or, where a method trains, a scope at a time.
 
-A scope is one block, or all blocks that are trained jointly; what its training found is saved when it is done.
+A scope is one block, or all blocks that are trained jointly; what its training found is saved when it is done, and
+found again by a run after a kill.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,9 +64,12 @@ def quantize_weight(
     source, spec = float_layer(model, path), plan.specs[path]
     method, options = plan.method(path)
     weight, axis = oriented(source, spec), channel_axis(source, spec)
-    found: QuantizedTensor | CodebookTensor = method.quantize_weight(
-        weight, plan.rules[path].weight, axis, options, second_moments
-    )
+    try:
+        found: QuantizedTensor | CodebookTensor = method.quantize_weight(
+            weight, plan.rules[path].weight, axis, options, second_moments
+        )
+    except UserError as error:
+        raise UserError(f"layer {path!r}: {error.what}", fix=error.fix) from error
     return found
 
 
@@ -93,7 +96,6 @@ def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, data
             _put_quantized(model, path, specs[path], leaves)
         for block in scope.blocks:
             reconstruct.forget(block, work)
-    shutil.rmtree(work, ignore_errors=True)
     return replace(plan, specs={path: specs[path] for path in plan.specs})
 
 
@@ -109,6 +111,12 @@ def _scopes(model: nn.Module, family: Family, plan: Plan) -> Iterator[Scope]:
         if rules:
             blocks[block] = paths
             trained[block] = plan.method(rules.popitem()[1])
+    inside = {path for paths in blocks.values() for path in paths}
+    outside = [path for path in plan.specs if plan.method(path)[0].TRAINS and path not in inside]
+    if outside:
+        progress.note(
+            f"note: {len(outside)} layers lie in no block and keep what training starts from: {outside[0]!r} …"
+        )
     joint = [block for block, (_, options) in trained.items() if options.joint]
     if len({trained[block] for block in joint}) > 1:
         raise UserError("two rules train blocks jointly, each with options of its own", fix="use one")

@@ -4,8 +4,8 @@
 
 Every cell quantizes the model, draws images from the same noise as the float model's and writes its scores as JSON into
 --results. A cell that is there for the same model, recipe, images and seed is kept: the command goes on where it was
-stopped. All trained methods have the same iterations. Last it writes tables and plots of every cell found there, and
-puts the tables between the marks in --document.
+stopped. All that learn rounding have the same iterations. Last it writes tables and plots of every cell found there,
+and puts the tables between the marks in --document.
 """
 
 from __future__ import annotations
@@ -407,7 +407,9 @@ def _names(known: Sequence[str]) -> Any:
 @click.option("--methods", "kinds", callback=_names(list(METHODS)), help=f"[default: {','.join(METHODS)}]")
 @click.option("--settings", callback=_names(list(SETTINGS)), help=f"[default: {','.join(SETTINGS)}]")
 @click.option("--granularities", callback=_names(GRANULARITIES), help=f"[default: {','.join(GRANULARITIES)}]")
-@click.option("--iterations", type=click.IntRange(min=1), help="of every trained method, per block (default: its own)")
+@click.option(
+    "--iterations", type=click.IntRange(min=1), help="of all that learn rounding, per block (default: its own)"
+)
 @click.option("--images", type=click.IntRange(min=16), help=f"of every cell [default: {IMAGES}]")
 @click.option(
     "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="trajectories to calibrate on"
@@ -435,6 +437,9 @@ def main(
         job = Job(seed, samples, *counts, options, work, threads)
         checkpoint = _opened(model)
         references(checkpoint, job, job.images)
+        asked = [recipe_of(cell, job) for cell in cells([model], settings, granularities, kinds)]
+        for count in sorted({one.calibration.samples for one in asked}):  # before cells ask for one at a time
+            calibration_of(checkpoint, job, count)
         wanted: list[tuple[str, Json, Any, tuple[Any, ...]]] = [
             (name, shared_request(checkpoint, job), function, (model, job))
             for name, function in (("float", float_row), ("grids", grids))

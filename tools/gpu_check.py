@@ -408,9 +408,13 @@ def in_a_process(part: str) -> Any:
 
 
 def disagrees(report: Any) -> bool:
-    """Returns whether anything in the report was compared and did not pass."""
+    """Returns whether anything in the report was compared and did not pass, or kernels could not be compared at all.
+
+    An engine that a library refuses to build or load is said to be refused, not to disagree: it may be its GPU's fault.
+    """
     if isinstance(report, dict):
-        return report.get("passed") is False or any(map(disagrees, report.values()))
+        crashed = "failed" in report.get("kernels", {})
+        return crashed or report.get("passed") is False or any(map(disagrees, report.values()))
     return isinstance(report, list) and any(map(disagrees, report))
 
 

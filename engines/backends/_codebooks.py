@@ -104,7 +104,12 @@ def _keep(field: Any, wanted: Callable[[Any], bool]) -> None:
 def _check(node: onnx.NodeProto, graph: _Graph) -> None:
     """Raises a UserError if a weight's codes are fewer than their shape says, or name entries that its table lacks."""
     where = f"{graph.path}: {node.name}"
-    codes, table = (graph.initializers[name] for name in node.input)
+    codes, table = (graph.initializers.get(name) for name in node.input)
+    if codes is None or table is None or codes.data_type not in (onnx.TensorProto.INT8, onnx.TensorProto.INT4):
+        raise UserError(
+            f"{where}: its codes and table are no constants of INT4 or INT8 codes",
+            fix="lower the model with this program: another one wrote this graph",
+        )
     bits = 8 if codes.data_type == onnx.TensorProto.INT8 else 4
     wanted, found = math.ceil(math.prod(codes.dims) * bits / 8), _stored_bytes(codes)
     if found != wanted:

@@ -10,7 +10,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -242,11 +244,25 @@ class Codebook {
   std::vector<float> words_, columns_;
 };
 
+// Runs `body` for every task on the session's threads, which an exception must not leave: the first is thrown here.
 template <typename F>
 void parallel(const Ort::KernelContext& context, int64_t total, F body) {
-  if (total > 0)
-    context.ParallelFor([](void* f, size_t i) { (*static_cast<F*>(f))(static_cast<int64_t>(i)); },
-                        static_cast<size_t>(total), static_cast<size_t>(total), &body);
+  struct Tasks {
+    F& body;
+    std::mutex mutex;
+    std::exception_ptr failed;
+  } tasks{body, {}, nullptr};
+  const auto run = [](void* raw, size_t i) {
+    auto& own = *static_cast<Tasks*>(raw);
+    try {
+      own.body(static_cast<int64_t>(i));
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(own.mutex);
+      if (!own.failed) own.failed = std::current_exception();
+    }
+  };
+  if (total > 0) context.ParallelFor(run, static_cast<size_t>(total), static_cast<size_t>(total), &tasks);
+  if (tasks.failed) std::rethrow_exception(tasks.failed);
 }
 
 // A thread's own memory for decoded weights, which it keeps: at most a tile of the widest layer.
@@ -269,6 +285,10 @@ class ArenaMemory {
     const auto info = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
     Ort::ThrowOnError(Ort::GetApi().KernelContext_GetAllocator(context, info, &allocator_));
     memory_ = allocator_->Alloc(allocator_, bytes);
+    if (!memory_ && bytes) {
+      Ort::GetApi().ReleaseAllocator(allocator_);
+      throw Ort::Exception("no " + std::to_string(bytes) + " bytes for the input of a codebook's matmul", ORT_FAIL);
+    }
   }
   ~ArenaMemory() {
     allocator_->Free(allocator_, memory_);

@@ -38,9 +38,9 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32") -> Artifact:
         shapes = {
             path: layer.weight_shape for path, layer in quantized.quantized_layers(quantized.skeleton(source)).items()
         }
-        found, layers = check_graph(draft.path / "model.onnx", specs, shapes)
+        found, modules = check_graph(draft.path / "model.onnx", specs, shapes)
         link_or_copy(source.file(quantized.REFERENCE), draft.path / quantized.REFERENCE)
-        draft.info = _info(source, dtype, found) | {"layer_bytes": layers}
+        draft.info = _info(source, dtype, found) | {"module_bytes": modules}
     return artifacts.open_artifact(out, "graph")
 
 

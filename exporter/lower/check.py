@@ -29,7 +29,7 @@ TYPES = frozenset("FLOAT FLOAT16 INT64 INT32 BOOL INT8 INT4 FLOAT8E4M3FN FLOAT8E
 def check_graph(
     path: Path, specs: Mapping[str, LayerSpec], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Checks a written graph; returns bytes per initializer type, and those of each quantized layer.
+    """Checks a written graph; returns bytes per initializer type, and those that each module's nodes read.
 
     A violation is a fault of ours.
     """
@@ -43,12 +43,12 @@ def check_graph(
         if value.dtype.name not in TYPES:
             raise AssertionError(f"{path}: initializer {name!r} is {value.dtype.name}")
         found[value.dtype.name] = found.get(value.dtype.name, 0) + value.const_value.nbytes
-    nodes: dict[str, list[ir.Node]] = {layer: [] for layer in specs}
+    nodes: dict[str, list[ir.Node]] = {}
     for node in model.graph:
-        nodes.get((node.name or "").rpartition("/")[0], []).append(node)
+        nodes.setdefault((node.name or "").rpartition("/")[0], []).append(node)
     for layer, spec in specs.items():
-        _check_codes(nodes[layer], layer, spec, shapes[layer])
-    return found, {layer: _constant_bytes(own) for layer, own in nodes.items()}
+        _check_codes(nodes.get(layer, []), layer, spec, shapes[layer])
+    return found, {module: size for module, own in nodes.items() if (size := _constant_bytes(own))}
 
 
 def _constant_bytes(nodes: Sequence[ir.Node]) -> int:

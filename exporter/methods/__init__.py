@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from engines.errors import UserError, unknown
 from exporter import catalog
 from exporter.models import Fold
 from exporter.tensors import CodebookTensor, QuantizedTensor
+
+Moments = Literal["none", "diagonal", "full"]
 
 
 class Method(Protocol):
@@ -33,8 +35,8 @@ class Method(Protocol):
     TRAINS: bool
     CODEBOOKS: bool
 
-    def needs_moments(self, options: Any) -> bool:
-        """Whether `quantize_weight` wants the second moments of the layer's inputs."""
+    def needs_moments(self, options: Any) -> Moments:
+        """Returns what `quantize_weight` wants to know of the second moments of the layer's inputs."""
 
     def factors(
         self,
@@ -51,7 +53,7 @@ class Method(Protocol):
     ) -> QuantizedTensor | CodebookTensor:
         """Returns the codes and scales of a weight; `axis` is the one that channels, or blocks, lie along.
 
-        `moments` are E[x xᵀ] of what a row of the weight multiplies, [in, in].
+        `moments` are E[x xᵀ] of what a row of the weight multiplies, [in, in], or its diagonal, [in].
         """
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from engines.errors import UserError
 from exporter.formats import Format
-from exporter.methods import fp_search
+from exporter.methods import Moments, fp_search
 from exporter.modules import FloatLayer, LayerSpec, QuantizedLayer, oriented
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
@@ -70,8 +70,8 @@ class Options:
             raise UserError(f"fp_rounding: warmup = {self.warmup}", fix="write a share of the iterations, 0 … below 1")
 
 
-def needs_moments(options: Options) -> bool:
-    return options.output
+def needs_moments(options: Options) -> Moments:
+    return "full" if options.output else "none"
 
 
 def quantize_weight(

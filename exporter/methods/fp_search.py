@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from exporter.formats import Format
-from exporter.methods import rtn
+from exporter.methods import Moments, rtn
 from exporter.observers import CLIPS
 from exporter.recipe import WeightSpec
 from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for, spread, sum_parts
@@ -35,8 +35,8 @@ class Options:
     vote: bool = False
 
 
-def needs_moments(options: Options) -> bool:
-    return options.output
+def needs_moments(options: Options) -> Moments:
+    return "full" if options.output else "none"
 
 
 def quantize_weight(

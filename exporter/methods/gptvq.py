@@ -14,7 +14,7 @@ import torch
 from engines.errors import UserError
 from exporter import clustering
 from exporter.formats.codebook import Format as CodebookFormat
-from exporter.methods import kmeans
+from exporter.methods import Moments, kmeans
 from exporter.recipe import WeightSpec
 from exporter.tensors import CodebookTensor
 
@@ -46,8 +46,8 @@ class Options:
             raise UserError(f"gptvq: damp = {self.damp}", fix="write a number above 0, e.g. 0.01")
 
 
-def needs_moments(options: Options) -> bool:
-    return True
+def needs_moments(options: Options) -> Moments:
+    return "full"
 
 
 def quantize_weight(
@@ -63,11 +63,24 @@ def quantize_weight(
     rows = vectors.reshape(weight.shape)
     outputs = torch.ones(len(rows), 1) if scale is None else scale[:, None]  # an error is as large as its row's scale
     codebook, _ = clustering.kmeans(vectors, fmt.codebook_size, importance, options.iterations)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    factor = inverse_factor(hessian, options.damp)
     for _ in range(options.rounds):
         codes = sweep(rows, codebook, factor)
         codebook = refined(rows, codes, codebook, hessian, outputs, options.refinements)
     return kmeans.stored(codebook, scale, spec, len(rows), lambda words: sweep(rows, words, factor))
+
+
+def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
+    """Returns the upper factor of the inverse, factorᵀ · factor = hessian⁻¹, [n, n]."""
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except RuntimeError as error:  # torch.linalg.LinAlgError, which is one
+        raise UserError(
+            f"gptvq: the inputs' second moments, damped by {damp:g}, have no inverse",
+            fix="raise damp, e.g. to 0.01, or calibrate on more samples",
+        ) from error
+    return factor
 
 
 def sweep(rows: torch.Tensor, codebook: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from engines.errors import UserError
 from exporter import clustering
 from exporter.formats.codebook import Format as CodebookFormat
-from exporter.methods import rtn
+from exporter.methods import Moments, rtn
 from exporter.recipe import WeightSpec
 from exporter.tensors import CodebookTensor, scale_for
 
@@ -37,8 +37,8 @@ class Options:
             raise UserError(f"kmeans: iterations = {self.iterations}", fix="write a whole number, at least 1")
 
 
-def needs_moments(options: Options) -> bool:
-    return options.importance
+def needs_moments(options: Options) -> Moments:
+    return "diagonal" if options.importance else "none"
 
 
 def quantize_weight(
@@ -91,7 +91,8 @@ def row_scale(weight: torch.Tensor) -> torch.Tensor:
 
 def importance_of(weight: torch.Tensor, scale: torch.Tensor | None, moments: torch.Tensor | None) -> torch.Tensor:
     """Returns what an error of each number of the (scaled) weight costs, [out, n], on average 1."""
-    inputs = torch.ones(weight.shape[1]) if moments is None else moments.diagonal().clamp(min=0)
+    inputs = torch.ones(weight.shape[1]) if moments is None else moments.clamp(min=0)
+    inputs = inputs.diagonal() if inputs.ndim == 2 else inputs
     inputs = inputs / inputs.mean() if float(inputs.sum()) > 0 else torch.ones_like(inputs)
     outputs = torch.ones(len(weight)) if scale is None else scale.square() / scale.square().mean()
     return (outputs[:, None] * inputs).clamp(min=1e-6)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from exporter.methods import Moments
 from exporter.models import Fold
 from exporter.recipe import WeightSpec
 from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for
@@ -23,8 +24,8 @@ class Options:
     """None: rounding has nothing to choose."""
 
 
-def needs_moments(options: Options) -> bool:
-    return False
+def needs_moments(options: Options) -> Moments:
+    return "none"
 
 
 def factors(

@@ -13,7 +13,7 @@ from torch import nn
 
 from engines.errors import UserError
 from exporter import scaling
-from exporter.methods import rtn
+from exporter.methods import Moments, rtn
 from exporter.models import Fold
 from exporter.modules import float_layer
 from exporter.recipe import WeightSpec
@@ -38,8 +38,8 @@ class Options:
             raise UserError(f"smoothquant: alpha = {self.alpha}", fix="use 0 … 1; 0.5 balances the two sides")
 
 
-def needs_moments(options: Options) -> bool:
-    return False
+def needs_moments(options: Options) -> Moments:
+    return "none"
 
 
 def factors(

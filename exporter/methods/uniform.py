@@ -13,7 +13,7 @@ import torch
 from engines.errors import UserError
 from exporter import clustering
 from exporter.formats.codebook import Format as CodebookFormat
-from exporter.methods import kmeans
+from exporter.methods import Moments, kmeans
 from exporter.observers import CLIPS
 from exporter.recipe import WeightSpec
 from exporter.tensors import CodebookTensor
@@ -32,8 +32,8 @@ class Options:
     importance: bool = True
 
 
-def needs_moments(options: Options) -> bool:
-    return options.importance
+def needs_moments(options: Options) -> Moments:
+    return "diagonal" if options.importance else "none"
 
 
 def quantize_weight(
@@ -45,13 +45,23 @@ def quantize_weight(
     importance = kmeans.importance_of(weight, None, moments)
     steps = _steps(weight, values, importance, spec.granularity == "channel")
     words = torch.cartesian_prod(*[values] * fmt.vector_size).reshape(fmt.codebook_size, fmt.vector_size)
-    if spec.granularity == "channel":
-        scale = steps.half().float()
-        vectors = (weight / scale[:, None]).reshape(-1, fmt.vector_size)
-    else:
-        words, scale, vectors = words * steps, None, weight.reshape(-1, fmt.vector_size)
-    alike = torch.ones_like(vectors)  # the nearest is the nearest in each number
-    return kmeans.stored(words, scale, spec, len(weight), lambda stored: clustering.assign(vectors, stored, alike))
+    if spec.entries:  # odd integers, which a matmul in FP8 or INT8 takes as they are, and half of the step
+        words, steps = 2 * words, steps / 2
+        if not torch.equal(spec.entries.round(words), words):
+            raise UserError(
+                f"uniform: {len(values)} evenly spaced values are not all exact in {spec.entries.kind}",
+                fix="use fewer levels to a number, or float activations",
+            )
+    elif spec.granularity == "tensor":
+        return kmeans.stored(words * steps, None, spec, len(weight), lambda stored: _nearest(weight, stored))
+    scale = steps.half().float().clamp(min=2.0**-24)  # of a row of zeros: the least that fp16 holds
+    codes = _nearest(weight / scale.reshape(-1, 1), words)
+    return CodebookTensor(codes.to(fmt.carrier).reshape(len(weight), -1), words, scale, fmt)
+
+
+def _nearest(rows: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    vectors = rows.reshape(-1, words.shape[1])
+    return clustering.assign(vectors, words, torch.ones_like(vectors))  # the nearest in each number
 
 
 def evenly_spaced(fmt: CodebookFormat) -> torch.Tensor:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from engines.errors import UserError
 from exporter import clustering
 from exporter.formats import Format
-from exporter.methods import kmeans
+from exporter.formats.codebook import BITS
+from exporter.methods import Moments, kmeans
 from exporter.modules import CodebookLayer, FloatLayer, LayerSpec, oriented
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
@@ -29,6 +30,7 @@ TRAINS = True
 CODEBOOKS = True
 CHOOSES_FORMAT = False
 factors = kmeans.factors
+FEWEST_ENTRIES = min(BITS)  # that a codebook may have
 FROZEN = 0.99  # a ratio beyond which the choice is made. Source: methods.md section 3, the released code
 APART = 1e4  # between the logits of a choice that is made: softmax gives 1 and 0, and no gradient
 
@@ -39,9 +41,9 @@ class Options:
 
     `iterations` of the choices at `rate`, `together` with codebooks and biases or alone; then `codebook_iterations` of
     these with the choices made. `codebook_rate` is in units of a codebook's root mean square, `bias_rate` of a bias's.
-    `equal` ratios at first, else inversely as the squared distance. `regularizer` weighs 1 − |2r − 1|, or r(1 − r)
-    where `smooth`, its mean over ratios, after the share `warmup`. `joint`: all blocks at once. Of a block's inputs and
-    targets `hold_mb` are in memory, the rest on disk.
+    Ratios are `equal` at first, or inverse to squared distances, k-means' own choice the likeliest. `regularizer`
+    weighs 1 − |2r − 1|, or r(1 − r) where `smooth`, its mean over ratios, after the share `warmup`. `joint`: all blocks
+    at once, their targets on disk; else block by block, and of a block's inputs and targets `hold_mb` are in memory.
     """
 
     importance: bool = True
@@ -64,6 +66,8 @@ class Options:
 
     def __post_init__(self) -> None:
         least = {"start_iterations": 1, "candidates": 1, "iterations": 0, "codebook_iterations": 0}
+        if self.candidates > FEWEST_ENTRIES:
+            raise UserError(f"vq4dit: candidates = {self.candidates}", fix=f"use at most {FEWEST_ENTRIES}")
         for name, smallest in (least | {"batch": 1, "rows": 1, "hold_mb": 0}).items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < smallest:
@@ -75,8 +79,8 @@ class Options:
             raise UserError(f"vq4dit: warmup = {self.warmup}", fix="write a share of the iterations, 0 … below 1")
 
 
-def needs_moments(options: Options) -> bool:
-    return options.importance
+def needs_moments(options: Options) -> Moments:
+    return "diagonal" if options.importance else "none"
 
 
 def quantize_weight(
@@ -135,10 +139,10 @@ class ChoosingLayer(CodebookLayer):
         if tensor.scale is not None:
             rows = rows / tensor.scale.reshape(-1, 1)
         vectors = rows.reshape(-1, tensor.codebook.shape[1])
-        codes, distances = clustering.nearest(vectors, tensor.codebook, options.candidates)
+        codes, distances = clustering.nearest(vectors, tensor.codebook, tensor.codes.flatten(), options.candidates)
         self.candidates = codes.T.contiguous()
         odds = torch.ones_like(distances.T) if options.equal else 1 / distances.T.clamp(min=1e-12)
-        self.logits = nn.Parameter((odds / odds.sum(dim=0)).log().contiguous())
+        self.logits = nn.Parameter((odds / odds.sum(dim=0)).log().contiguous())  # the first is the largest: k-means'
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.detach().clone())
         if scale is not None:

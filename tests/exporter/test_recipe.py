@@ -6,9 +6,11 @@ import pytest
 
 from engines.errors import UserError
 from exporter import recipe
+from exporter.checkpoint import open_checkpoint
 from exporter.formats.fp import Format as Fp
 from exporter.formats.int import Format as Int
 from exporter.modules import LayerFacts
+from exporter.plan import layer_specs
 from exporter.recipe import CalibrationSpec, WeightSpec
 
 BLOCKS = ["blocks.0", "blocks.1", "blocks.10"]
@@ -17,15 +19,15 @@ LAYERS = [
     *[f"{block}.{leaf}" for block in BLOCKS for leaf in ("norm1.emb.linear_1", "attn1.to_q", "ff.net.2")],
     "proj_out",
 ]
-LINEAR, CONV = LayerFacts(conv=False, channels=64, grouped=False), LayerFacts(conv=True, channels=64, grouped=False)
-DIT = dict.fromkeys(LAYERS, LINEAR) | {"pos_embed.proj": LayerFacts(conv=True, channels=4, grouped=False)}
+LINEAR, CONV = LayerFacts(False, 128, False, weights=16384), LayerFacts(True, 64, False, weights=36864)
+DIT = dict.fromkeys(LAYERS, LINEAR) | {"pos_embed.proj": LayerFacts(True, 4, False, weights=1024)}
 UNET = {
-    "conv_in": LayerFacts(conv=True, channels=3, grouped=False),
+    "conv_in": LayerFacts(True, 3, False, weights=1728),
     "blocks.0.conv": CONV,
-    "blocks.0.narrow": LayerFacts(conv=True, channels=8, grouped=False),
-    "blocks.1.grouped": LayerFacts(conv=True, channels=64, grouped=True),
+    "blocks.0.narrow": LayerFacts(True, 8, False, weights=4608),
+    "blocks.1.grouped": LayerFacts(True, 64, grouped=True, weights=4608),
     "blocks.1.to_q": LINEAR,
-    "blocks.10.small": LayerFacts(conv=False, channels=8, grouped=False),
+    "blocks.10.small": LayerFacts(False, 8, False, weights=8192),
 }
 REST = '[[rule]]\nlayers = "*"\nkeep = "float"\n'
 INT8 = '{ format = "int", bits = 8 }'
@@ -156,6 +158,8 @@ def test_scope_says_which_part_of_the_model_a_rule_ranges_over(load, scope, matc
         ("grouped = false", set(UNET)),
         ("narrower_than = 16", {"conv_in", "blocks.0.narrow", "blocks.10.small"}),
         ("narrower_than = 8", {"conv_in"}),
+        ("fewer_weights_than = 8193", {"conv_in", "blocks.0.narrow", "blocks.1.grouped", "blocks.10.small"}),
+        ('fewer_weights_than = 8193\ntype = "linear"', {"blocks.10.small"}),
         ('type = "conv"\nnarrower_than = 16', {"conv_in", "blocks.0.narrow"}),
         ('type = "conv"\nscope = "blocks"\nnarrower_than = 16', {"blocks.0.narrow"}),
         ('type = "linear"\ngrouped = true', set()),
@@ -188,6 +192,14 @@ def test_shipped_recipes_keep_convolutions_that_no_kernel_gains_from(name):
         "blocks.1.to_q",
         "blocks.10.small",
     }
+
+
+@pytest.mark.parametrize("name", sorted(recipe.names()))
+@pytest.mark.parametrize("model", ["digits-dit", "shapes-unet"])
+def test_every_shipped_recipe_fits_every_shipped_model(name, model):
+    checkpoint = open_checkpoint(model)
+    specs = layer_specs(checkpoint, recipe.load(name))
+    assert (len(specs) > 30) == (name != "fp16")
 
 
 def test_shipped_recipes_split_skips_where_they_quantize_activations():

@@ -113,6 +113,7 @@ class Killed(Exception):
 def test_training_that_was_killed_ends_where_it_would_have(at, tmp_path, monkeypatch):
     """Two phases of 100 iterations, killed after `at` of them; what a phase trained before is kept too."""
     monkeypatch.setattr(reconstruct, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(reconstruct, "SAVE_SHARE", float("inf"))
 
     def run(folder, *, kill=None):
         block, chunks, _ = problem(rows=(64, 64, 64))

@@ -135,6 +135,7 @@ CODEBOOKS = [
 def test_codebooks_hold_what_a_graph_and_a_matmul_take_and_come_out_the_same_twice(name, spec, moments):
     x = weight()
     seen = x.T @ x if moments else None
+    assert methods.load(name).needs_moments(options(name)) in ("diagonal", "full")
     found, again = (methods.load(name).quantize_weight(x, spec, 0, options(name), seen) for _ in range(2))
     fmt = spec.format
     assert found.codes.shape == (64, 32 // fmt.vector_size)

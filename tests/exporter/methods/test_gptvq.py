@@ -115,3 +115,11 @@ def test_inputs_that_are_always_zero_break_nothing():
 def test_options_without_sense_are_refused(key, value):
     with pytest.raises(UserError, match=key):
         methods.options("gptvq", {key: value}, "test")
+
+
+def test_moments_without_an_inverse_are_refused_with_the_way_out():
+    weight, _ = problem()
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(UserError, match="damped by 1e-12, have no inverse") as raised:
+        gptvq.quantize_weight(weight, WeightSpec(Format(2, 64)), 0, gptvq.Options(damp=1e-12), x.T @ x)
+    assert "raise damp" in raised.value.fix

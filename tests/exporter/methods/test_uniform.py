@@ -7,6 +7,7 @@ import torch
 
 from engines.errors import UserError
 from exporter.formats.codebook import Format
+from exporter.formats.fp import Format as Fp
 from exporter.formats.int import Format as Int
 from exporter.methods import uniform
 from exporter.recipe import WeightSpec
@@ -46,12 +47,27 @@ def test_the_searched_range_errs_less_than_the_widest():
     assert float((tensor.dequantize() - rows).square().sum()) < 0.8 * float((widest - rows).square().sum())
 
 
-def test_beside_int8_activations_the_codewords_are_integers():
+@pytest.mark.parametrize("entries", [Int(8), Fp(4, 3)], ids=["int8", "fp8"])
+def test_beside_quantized_activations_the_values_stay_evenly_spaced(entries):
     tensor = uniform.quantize_weight(
-        weight(), WeightSpec(Format(4, 256), "tensor", entries=Int(8)), 0, uniform.Options()
+        weight(), WeightSpec(Format(4, 256), "tensor", entries=entries), 0, uniform.Options()
     )
-    assert torch.equal(tensor.codebook, tensor.codebook.round())
-    assert float(tensor.codebook.abs().max()) == 127
+    assert tensor.codebook.unique().tolist() == [-3, -1, 1, 3]
+    assert torch.equal(entries.round(tensor.codebook), tensor.codebook)
+    assert tensor.scale.shape == ()
+
+
+def test_levels_that_a_matmul_cannot_hold_are_refused():
+    with pytest.raises(UserError, match="256 evenly spaced values are not all exact in fp8"):
+        uniform.quantize_weight(weight(), WeightSpec(Format(1, 256), "tensor", entries=Fp(4, 3)), 0, uniform.Options())
+
+
+def test_rows_of_zeros_have_a_scale():
+    rows = weight()
+    rows[3] = 0
+    tensor = uniform.quantize_weight(rows, WeightSpec(Format(1, 256), "channel"), 0, uniform.Options())
+    assert bool((tensor.scale > 0).all())
+    assert tensor.dequantize().isfinite().all()
 
 
 def test_a_codebook_that_is_no_grid_is_refused():

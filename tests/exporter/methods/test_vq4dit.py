@@ -12,6 +12,7 @@ from torch import nn
 
 from engines.errors import UserError
 from exporter import methods, quantized, reconstruct
+from exporter import quantize as stage
 from exporter import recipe as recipes
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
@@ -27,14 +28,15 @@ FORMATS = [Format(4, 256), Format(2, 64), Format(1, 16)]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=[f"{f.codebook_size}x{f.vector_size}" for f in FORMATS])
 
 
-def layer_of(fmt=FORMATS[0], *, conv=False, granularity="tensor", activation=None, **options):
+def layer_of(fmt=FORMATS[0], *, conv=False, granularity="tensor", activation=None, moments=None, **options):
     """Returns a float layer and the one that trains in its place."""
     torch.manual_seed(0)
     source = nn.Conv2d(16, 64, 3) if conv else nn.Linear(64, 96)
     source.requires_grad_(False)
     spec = LayerSpec(fmt, granularity, 0, activation)
     weight = oriented(source, spec)
-    start = kmeans.quantize_weight(weight, WeightSpec(fmt, granularity, entries=activation), 0, kmeans.Options())
+    asked = WeightSpec(fmt, granularity, entries=activation)
+    start = kmeans.quantize_weight(weight, asked, 0, kmeans.Options(), moments)
     scale = torch.tensor(0.01) if activation else None
     return source, vq4dit.layer(source, spec, start, scale, vq4dit.Options(**options))
 
@@ -61,15 +63,25 @@ def test_what_trains_is_what_ships(fmt, conv, how):
 
 
 @every_format
-def test_candidates_are_the_nearest_codewords_and_the_first_choice_the_nearest(fmt):
-    source, layer = layer_of(fmt, candidates=3)
+@pytest.mark.parametrize("how", ["tensor", "fp8"])
+def test_untrained_it_is_k_means_and_other_candidates_are_the_nearest_codewords(fmt, how):
+    """k-means weighs numbers by the inputs they meet, so its choice is not always the nearest of all."""
+    moments = torch.logspace(-2, 2, 64)
+    activation = Fp(4, 3) if how == "fp8" else None
+    source, layer = layer_of(fmt, moments=moments, activation=activation, candidates=3)
+    start = kmeans.quantize_weight(
+        source.weight.detach(), WeightSpec(fmt, "tensor", entries=activation), 0, kmeans.Options(), moments
+    )
+    assert torch.equal(layer.choice(), start.codes.flatten())
+    assert torch.equal(layer.state()["weight_codebook"], start.codebook)
+    scale = 1.0 if start.scale is None else start.scale
     vectors = source.weight.reshape(-1, fmt.vector_size)
-    nearest = torch.cdist(vectors, layer.words.detach()).argsort(dim=1)[:, :3]
-    found = torch.cdist(vectors, layer.words.detach()).gather(1, layer.candidates.T.long())
-    assert torch.allclose(found, torch.cdist(vectors, layer.words.detach()).gather(1, nearest), atol=1e-3)
-    assert torch.equal(layer.choice(), layer.candidates[0])
+    distances = torch.cdist(vectors, layer.words.detach() * scale)
+    others = distances.scatter(1, layer.candidates[:1].T.long(), torch.inf)
+    found = distances.gather(1, layer.candidates[1:].T.long())
+    assert torch.allclose(found, others.sort(dim=1).values[:, :2], atol=1e-3 * float(vectors.std()))
     assert torch.allclose(layer.ratios().sum(dim=0), torch.ones(len(vectors)))
-    assert layer.ratios()[0].min().item() >= 1 / 3 - 1e-6  # nearer, likelier
+    assert layer.ratios()[0].min().item() >= 1 / 3 - 1e-6  # k-means' own choice is the likeliest
 
 
 def test_ratios_may_start_equal():
@@ -182,6 +194,7 @@ def test_layers_of_other_methods_in_the_blocks_are_quantized_before(tiny, tmp_pa
 def test_a_killed_run_ends_where_it_would_have(tiny, trained, tmp_path, monkeypatch, at):
     """Killed in the choices' iterations, and in the codewords'."""
     monkeypatch.setattr(reconstruct, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(reconstruct, "SAVE_SHARE", float("inf"))
     count, original = 0, reconstruct._Saved.save
 
     def save(*arguments):
@@ -200,10 +213,36 @@ def test_a_killed_run_ends_where_it_would_have(tiny, trained, tmp_path, monkeypa
     assert resumed.digest == trained.digest
 
 
+def test_a_run_killed_after_the_training_does_not_train_again(tiny, trained, tmp_path, monkeypatch):
+    def killed(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(stage, "_add_quantized_outputs", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantized_with(tiny, tmp_path / "quantized", "vq4dit", **SHORT)
+    monkeypatch.setattr(reconstruct, "train", killed)
+    assert quantized_with(tiny, tmp_path / "quantized", "vq4dit", **SHORT).digest == trained.digest
+
+
+def test_a_layer_read_by_itself_has_the_bias_that_was_trained(tiny, trained):
+    checkpoint, _ = tiny
+    model, stored, specs = checkpoint.load(), quantized.StoredTensors(trained), quantized.specs(trained)
+    shipped = quantized.quantized_layers(quantized.load(trained))
+    changed = 0
+    for path, spec in specs.items():
+        source = model.get_submodule(path)
+        layer = quantized.load_layer(stored, path, spec, source)
+        assert torch.equal(layer.bias, shipped[path].bias)
+        changed += not torch.equal(layer.bias, source.bias)
+    assert changed == len(specs)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("candidates", 0),
+        ("candidates", 17),
         ("iterations", -1),
         ("batch", 0),
         ("rows", 1.5),
