@@ -245,11 +245,18 @@ def _with_ci(value: float, interval: Sequence[float]) -> Json:
 
 def compute(cell: Cell, job: Job) -> Json:
     """Quantizes, draws and judges one cell."""
+    checkpoint = open_checkpoint(cell.model)
+    found = measured(checkpoint, recipe_of(cell, job), job, cell.name)
+    request = request_of(cell, job, checkpoint)
+    return {"cell": asdict(cell), "request": request, "deployable": SETTINGS[cell.setting].deployable, **found}
+
+
+def measured(checkpoint: Checkpoint, asked: Recipe, job: Job, name: str) -> Json:
+    """Quantizes a model by a recipe, draws and judges its images."""
     torch.set_num_threads(job.threads)
-    checkpoint, setting, asked = open_checkpoint(cell.model), SETTINGS[cell.setting], recipe_of(cell, job)
-    calibration, count = calibration_of(checkpoint, job, asked.calibration.samples), job.count(cell.name)
+    calibration, count = calibration_of(checkpoint, job, asked.calibration.samples), job.count(name)
     floats = references(checkpoint, job, count)
-    source = quantizing.quantize(checkpoint, asked, calibration, job.work / cell.model / cell.name)
+    source = quantizing.quantize(checkpoint, asked, calibration, job.work / checkpoint.name / name)
     timings = read_json(source.path / "timings.json")
     started = time.monotonic()
     model = quantized.load(source)
@@ -265,10 +272,7 @@ def compute(cell: Cell, job: Job) -> Json:
     layers = source.info["layers"]
     main = [one for one in layers.values() if one["activation"] or one["weight"]["format"] == "codebook"]
     return {
-        "cell": asdict(cell),
         "trajectories": asked.calibration.samples,
-        "request": request_of(cell, job, checkpoint),
-        "deployable": setting.deployable,
         "bits_per_weight": weights["bits_per_weight"],
         "by_format": weights["by_format"],
         "weight_formats": _counted(layer["weight"] for layer in main),
