@@ -5,26 +5,35 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from engines.errors import UserError
-from engines.plans import PlanRow
+from engines.plans import PlanRow, constant_bytes
 
-# What a row may hold beyond the constants of its modules in the graph: those that a builder makes of shapes and scales.
-SHARE, SLACK = 0.25, 1 << 14
+# What an engine may hold beyond the graph's initializers: constants that a builder makes of shapes and scales.
+SHARE, SLACK = 0.03, 1 << 12
 
 
 def check_compression(
-    rows: Sequence[PlanRow], layers: Collection[str], promised: Mapping[str, int], where: str
+    rows: Sequence[PlanRow], layers: Collection[str], promised: Mapping[str, int], total: int, where: str
 ) -> None:
-    """Raises a UserError that names the quantized `layers` of the first row that holds more than the graph does.
+    """Raises a UserError if constants are larger than the graph's `total`; it names the `layers` of the worst row.
 
-    `promised`: bytes of the constants that the nodes of a module read in the graph, by module path.
+    `promised`: bytes of the constants that the nodes of a module read in the graph, by module path. A row alone proves
+    nothing: TensorRT-RTX joins the weights of matmuls that read one tensor, and names but one of them.
     """
-    for row in rows:
-        modules = dict.fromkeys(node.rpartition("/")[0] for node in row.onnx_nodes)
-        wanted = sum(promised.get(path, 0) for path in modules)
-        named = [path for path in modules if path in layers]
-        if named and row.constant_bytes > wanted * (1 + SHARE) + SLACK:
-            raise UserError(
-                f"{where}: {', '.join(map(repr, named))} take {row.constant_bytes:,} bytes in the engine "
-                f"({row.kind} {row.name!r}) and {wanted:,} in the graph: weights were expanded",
-                fix="use the tested version of the library (constraints.txt), or keep what it names in float (recipe)",
-            )
+    held = constant_bytes(rows)
+    if held <= total * (1 + SHARE) + SLACK:
+        return
+    excess = {row: row.constant_bytes - sum(promised.get(path, 0) for path in modules_of(row)) for row in rows}
+    named = [row for row in rows if any(path in layers for path in modules_of(row))]
+    worst = max(named or rows, key=lambda row: excess[row])
+    paths = [path for path in modules_of(worst) if path in layers] or modules_of(worst)
+    raise UserError(
+        f"{where}: weights take {held:,} bytes and {total:,} in the graph: they were expanded, most of all "
+        f"{', '.join(map(repr, paths))}, {worst.constant_bytes:,} bytes in the engine ({worst.kind} {worst.name!r}) "
+        f"and {worst.constant_bytes - excess[worst]:,} in the graph",
+        fix="use the tested version of the library (constraints.txt), or keep what it names in float (recipe)",
+    )
+
+
+def modules_of(row: PlanRow) -> list[str]:
+    """Returns the modules whose nodes, named `<module path>/<op>`, a row computes."""
+    return list(dict.fromkeys(node.rpartition("/")[0] for node in row.onnx_nodes))

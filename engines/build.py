@@ -39,7 +39,7 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, d
         rows = from_json(json.loads((draft.path / PLAN).read_text(encoding="utf-8")))
         where = f"{backend} engine{f' for {target}' if target else ''}"
         if way != "load":  # which expands codebooks on purpose, in memory alone
-            check_compression(rows, graph.info["layers"], graph.info["module_bytes"], where)
+            check_compression(rows, graph.info["layers"], graph.info["module_bytes"], graph.info["weight_bytes"], where)
         resident = constant_bytes(rows)
         draft.info = {
             "backend": backend,
