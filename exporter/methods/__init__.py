@@ -78,6 +78,14 @@ class TrainedLayer(Protocol):
         """Returns the buffers that the quantized layer in its place has, and its bias if that was trained."""
 
 
+def check_whole(method: str, options: Any, **least: int) -> None:
+    """Raises a UserError if one of a method's options is no whole number, or is less than what is given here."""
+    for key, smallest in least.items():
+        value = getattr(options, key)
+        if not isinstance(value, int) or value < smallest:
+            raise UserError(f"{method}: {key} = {value}", fix=f"write a whole number, at least {smallest}")
+
+
 def names() -> list[str]:
     return catalog.modules("methods")
 

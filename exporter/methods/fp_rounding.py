@@ -16,7 +16,7 @@ from torch import nn
 
 from engines.errors import UserError
 from exporter.formats import Format
-from exporter.methods import Moments, fp_search
+from exporter.methods import Moments, check_whole, fp_search
 from exporter.modules import FloatLayer, LayerSpec, QuantizedLayer, oriented
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
@@ -57,10 +57,7 @@ class Options:
     joint: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 1), ("batch", 1), ("rows", 1), ("activation_iterations", 0), ("hold_mb", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"fp_rounding: {name} = {value}", fix=f"write a whole number, at least {least}")
+        check_whole("fp_rounding", self, iterations=1, batch=1, rows=1, activation_iterations=0, hold_mb=0)
         for name in ("rate", "activation_rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"fp_rounding: {name} = {getattr(self, name)}", fix="write a number above 0")

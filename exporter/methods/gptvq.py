@@ -14,7 +14,7 @@ import torch
 from engines.errors import UserError
 from exporter import clustering
 from exporter.formats.codebook import Format as CodebookFormat
-from exporter.methods import Moments, kmeans
+from exporter.methods import Moments, check_whole, kmeans
 from exporter.recipe import WeightSpec
 from exporter.tensors import CodebookTensor
 
@@ -38,10 +38,7 @@ class Options:
     damp: float = 0.01
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 1), ("rounds", 1), ("refinements", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"gptvq: {name} = {value}", fix=f"write a whole number, at least {least}")
+        check_whole("gptvq", self, iterations=1, rounds=1, refinements=0)
         if not self.damp > 0:
             raise UserError(f"gptvq: damp = {self.damp}", fix="write a number above 0, e.g. 0.01")
 

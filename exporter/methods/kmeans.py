@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engines.errors import UserError
 from exporter import clustering
 from exporter.formats.codebook import Format as CodebookFormat
-from exporter.methods import Moments, rtn
+from exporter.methods import Moments, check_whole, rtn
 from exporter.recipe import WeightSpec
 from exporter.tensors import CodebookTensor, scale_for
 
@@ -33,8 +32,7 @@ class Options:
     iterations: int = 100
 
     def __post_init__(self) -> None:
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise UserError(f"kmeans: iterations = {self.iterations}", fix="write a whole number, at least 1")
+        check_whole("kmeans", self, iterations=1)
 
 
 def needs_moments(options: Options) -> Moments:

@@ -18,7 +18,7 @@ from engines.errors import UserError
 from exporter import clustering
 from exporter.formats import Format
 from exporter.formats.codebook import BITS
-from exporter.methods import Moments, kmeans
+from exporter.methods import Moments, check_whole, kmeans
 from exporter.modules import CodebookLayer, FloatLayer, LayerSpec, oriented
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
@@ -65,13 +65,10 @@ class Options:
     hold_mb: int = 1024
 
     def __post_init__(self) -> None:
-        least = {"start_iterations": 1, "candidates": 1, "iterations": 0, "codebook_iterations": 0}
+        check_whole("vq4dit", self, start_iterations=1, candidates=1, iterations=0, codebook_iterations=0)
+        check_whole("vq4dit", self, batch=1, rows=1, hold_mb=0)
         if self.candidates > FEWEST_ENTRIES:
             raise UserError(f"vq4dit: candidates = {self.candidates}", fix=f"use at most {FEWEST_ENTRIES}")
-        for name, smallest in (least | {"batch": 1, "rows": 1, "hold_mb": 0}).items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < smallest:
-                raise UserError(f"vq4dit: {name} = {value}", fix=f"write a whole number, at least {smallest}")
         for name in ("rate", "codebook_rate", "bias_rate", "regularizer"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"vq4dit: {name} = {getattr(self, name)}", fix="write 0 or more")
