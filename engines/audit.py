@@ -13,15 +13,17 @@ SHARE, SLACK = 0.03, 1 << 12
 
 def check_compression(
     rows: Sequence[PlanRow], layers: Collection[str], promised: Mapping[str, int], total: int, where: str
-) -> None:
-    """Raises a UserError if constants are larger than the graph's `total`; it names the `layers` of the worst row.
+) -> int:
+    """Returns the bytes of all constants; raises a UserError if that is more than the graph's `total`.
+
+    It names the quantized `layers` of the worst row.
 
     `promised`: bytes of the constants that the nodes of a module read in the graph, by module path. A row alone proves
     nothing: TensorRT-RTX joins the weights of matmuls that read one tensor, and names but one of them.
     """
     held = constant_bytes(rows)
     if held <= total * (1 + SHARE) + SLACK:
-        return
+        return held
     excess = {row: row.constant_bytes - sum(promised.get(path, 0) for path in modules_of(row)) for row in rows}
     named = [row for row in rows if any(path in layers for path in modules_of(row))]
     worst = max(named or rows, key=lambda row: excess[row])

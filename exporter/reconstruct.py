@@ -33,7 +33,7 @@ OUTPUT = ""  # the path of the model itself, whose output is one more target whe
 Rows = dict[str, torch.Tensor]
 
 
-class Phase:
+class Phase(ABC):
     """What a method trains at a time, by Adam; the rates hold for half of the iterations, then fall to zero on a line.
 
     Held to the end, 8-bit rounding came out worse than it went in, by 0.6 dB of images on digits-dit: what differs
@@ -42,18 +42,18 @@ class Phase:
 
     iterations: int
 
+    @abstractmethod
     def groups(self) -> Sequence[tuple[Sequence[nn.Parameter], float]]:
         """Returns parameters in groups, each with the rate it starts at."""
-        raise NotImplementedError
 
     def regularizer(self, done: float) -> torch.Tensor | float:
         """Returns what is added to the relative error when the share `done` of the iterations is over."""
         return 0.0
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027  most have nothing to settle
         """Told after every iteration; what is settled by now may be set fast, within the parameters."""
 
-    def train(self, training: bool) -> None:
+    def train(self, training: bool) -> None:  # noqa: B027  nor to tell apart
         """Told True before the iterations, False after: what ships is in force then."""
 
 

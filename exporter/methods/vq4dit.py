@@ -90,7 +90,7 @@ def quantize_weight(
 class _Mixture(torch.autograd.Function):
     """Σ_m r_m · codebook[candidates_m], r = softmax of the logits [m, n] over m; nothing of [m, n, d] is kept.
 
-    Candidates lie along the first axis because torch's softmax is 80 times as fast there as along a short last one.
+    Candidates lie along the first axis because torch's softmax is far faster there than along a short last one.
     """
 
     @staticmethod

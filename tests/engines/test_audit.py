@@ -19,7 +19,7 @@ def row(held, *modules, kind="gemm"):
 
 
 def audit(*rows):
-    check_compression(rows, LAYERS, PROMISED, sum(PROMISED.values()), "an engine")
+    return check_compression(rows, LAYERS, PROMISED, sum(PROMISED.values()), "an engine")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def audit(*rows):
     ids=["each by itself", "joined under one name", "all in one"],
 )
 def test_weights_as_large_as_the_graphs_pass(rows):
-    audit(*rows)
+    assert audit(*rows) == sum(one.constant_bytes for one in rows)
 
 
 def test_an_expanded_layer_is_named_with_both_sizes():
