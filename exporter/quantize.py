@@ -26,7 +26,7 @@ from exporter.ranges import FILE as RANGES
 from exporter.ranges import Ranges
 from exporter.recipe import Recipe
 from exporter.runners import TorchRunner, in_chunks
-from exporter.swap import Start, quantize_weight, swap_layers
+from exporter.swap import Start, prepare, quantize_weight, swap_layers
 from exporter.tensors import CodebookTensor, QuantizedTensor, scale_for
 from exporter.versions import versions
 
@@ -56,9 +56,10 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         plan = plan_layers(model, family, recipe)
         factors = _factors(model, family, plan, data)
         plan = plan.multiplying(scaling.apply(model, family.folds(model), factors))
+        training = prepare(model, family, plan, data, draft.path / BLOCKS)
         plan, scales, seen = _activations(model, family, plan, data)
         start = Start(_weights_by_inputs(model, family, plan, data), scales)
-        plan = swap_layers(model, family, plan, start, data, draft.path / BLOCKS)
+        plan = swap_layers(model, family, plan, start, training)
         quantized.save(model, draft.path)
         scaling.save(factors, draft.path)
         artifacts.write_json(draft.path / RANGES, seen.to_json(_ends(model)))

@@ -73,22 +73,35 @@ def quantize_weight(
     return found
 
 
-def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, data: CalibrationSet, work: Path) -> Plan:
-    """Swaps float layers for quantized ones, those that train last; returns the plan with the chosen formats."""
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on which rows (None where nothing is), and the folder of targets and of what is done."""
+
+    scopes: Sequence[Scope]
+    samples: Samples | None
+    folder: Path
+
+
+def prepare(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet, folder: Path) -> Training:
+    """Records the float model's outputs for all that is trained: first, since disk and rules may fall short there."""
     scopes = list(_scopes(model, family, plan))
-    inside = {path for scope in scopes for path in scope.paths}
-    samples = _record(model, family, plan, scopes, data, work) if scopes else None
+    return Training(scopes, _record(model, family, plan, scopes, data, folder) if scopes else None, folder)
+
+
+def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, training: Training) -> Plan:
+    """Swaps float layers for quantized ones, those that train last; returns the plan with the chosen formats."""
+    work = training.folder
+    inside = {path for scope in training.scopes for path in scope.paths}
     specs = {}
     rest = [path for path in plan.specs if path not in inside]
     for path in progress.track(rest, len(rest), "quantizing (layers)"):  # float weights go as the codes come
         tensor = start.weight(model, path, plan)
         specs[path] = replace(plan.specs[path], weight=tensor.format)
         _put_quantized(model, path, specs[path], start.state(path, tensor))
-    for scope in scopes:
+    for scope in training.scopes:
         folder = work / scope.name
         if not (folder / DONE).exists():  # a kill left it, whole
-            assert samples is not None
-            save_whole(_trained(model, family, scope, plan, start, samples, work), folder / DONE)
+            save_whole(_trained(model, family, scope, plan, start, training), folder / DONE)
         state = load_file(folder / DONE)
         for path in scope.paths:
             leaves = {name.removeprefix(f"{path}."): t for name, t in state.items() if name.startswith(f"{path}.")}
@@ -143,10 +156,10 @@ def _record(
     return samples
 
 
-def _trained(
-    model: nn.Module, family: Family, scope: Scope, plan: Plan, start: Start, samples: Samples, work: Path
-) -> State:
+def _trained(model: nn.Module, family: Family, scope: Scope, plan: Plan, start: Start, training: Training) -> State:
     """Trains a scope and returns the buffers of its quantized layers; layers without a weight are left in the model."""
+    samples, work = training.samples, training.folder
+    assert samples is not None  # there is a scope
     sources = {path: float_layer(model, path) for path in scope.paths}
     learners: dict[str, Any] = {}
     state: dict[str, State] = {}
