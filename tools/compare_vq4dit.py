@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @click.option("--seed", default=0, show_default=True)
 @click.option("--jobs", default=1, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True)
-@click.option("--results", type=click.Path(path_type=Path), default=Path("docs/methods/vq4dit"), show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), default=Path("docs/vq4dit"), show_default=True)
 def main(model: str, iterations: tuple[int, int], images: int, seed: int, jobs: int, work: Path, results: Path) -> None:
     import torch
 
