@@ -99,6 +99,8 @@ def session_options(graph: Json, threads: int = 0) -> onnxruntime.SessionOptions
     options.add_session_config_entry("session.x64quantprecision", "1")
     # MatMulNBits would otherwise quantize activations to int8, which no recipe asked for.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # A scale per channel becomes one per block there: of 32 inputs, 13 % more bytes, unless of as many as pad least.
+    options.add_session_config_entry("session.qdq_matmulnbits_block_size", "-1")
     return options
 
 
