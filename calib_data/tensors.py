@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from engines.errors import UserError
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -24,6 +26,14 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         if code is None:
             raise
         raise OSError(code, str(error)) from error
+
+
+def load_tensors(path: Path, fix: str) -> dict[str, torch.Tensor]:
+    """Reads a file of tensors; a damaged one is a UserError with `fix`."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read ({error})", fix=fix, keeps=True) from error
 
 
 def save_whole(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

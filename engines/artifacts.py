@@ -16,7 +16,7 @@ from typing import Any
 
 from engines.errors import UserError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 TIMINGS = "timings.json"  # measured, so outside every digest
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest is text about an artifact; more than this is not one of ours
@@ -233,7 +233,8 @@ class Draft:
 def drafting(path: Path, request: Request, *, resumable: bool = False) -> Iterator[Draft]:
     """Yields a draft in a hidden sibling folder and, on success, renames it to `path`; on an error removes it.
 
-    A `resumable` draft survives a kill or Ctrl-C and is handed back, files and all, to the same request.
+    A `resumable` draft survives a kill, Ctrl-C or an error that keeps it, and is handed back, files and all, to the
+    same request.
     """
     path = path.resolve()  # so that `.` has a name, and a link keeps pointing at what is written
     partial = path.with_name(f".{path.name}.partial")
@@ -254,7 +255,8 @@ def drafting(path: Path, request: Request, *, resumable: bool = False) -> Iterat
             yield draft
             _finish(draft, path, request, started)
     except BaseException as error:
-        if not (resumable and isinstance(error, KeyboardInterrupt)):
+        kept = isinstance(error, KeyboardInterrupt) or (isinstance(error, UserError) and error.keeps)
+        if not (resumable and kept):
             shutil.rmtree(partial, ignore_errors=True)
         raise
 

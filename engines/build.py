@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
-from engines import artifacts, backends
+from engines import artifacts, backends, schedule
 from engines.artifacts import Artifact, Request
 from engines.audit import check_compression
 from engines.errors import UserError
@@ -101,6 +102,8 @@ def _worker(backend: str, graph_folder: str, folder: str, gpu: str, decode: str)
         with artifacts.writing_errors(Path(folder)):
             model = graph.file("model.onnx")
             backends.load(backend).build(model, graph.info, Path(folder), gpu or None, decode or None)
+            if schedule.FILE in graph.files():
+                shutil.copyfile(graph.file(schedule.FILE), Path(folder) / schedule.FILE)
     except UserError as error:
         print(json.dumps({"what": error.what, "fix": error.fix}))
         return FAULT

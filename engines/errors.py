@@ -7,12 +7,16 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A fault the user can mend: says what and where, and always how to fix it. The command exits with 2."""
+    """A fault the user can mend: says what and where, and always how to fix it. The command exits with 2.
 
-    def __init__(self, what: str, *, fix: str) -> None:
+    `keeps`: what a resumable stage has finished before is worth keeping.
+    """
+
+    def __init__(self, what: str, *, fix: str, keeps: bool = False) -> None:
         super().__init__(what)
         self.what = what
         self.fix = fix
+        self.keeps = keeps
 
     def __str__(self) -> str:
         return f"{self.what}\n  fix: {self.fix}"

@@ -17,6 +17,7 @@ from engines import artifacts, backends
 from engines.artifacts import Json
 from engines.errors import UserError
 from engines.runner import Feeds, Runner
+from engines.schedule import with_steps
 from exporter import progress
 from exporter.memory import peak_rss_bytes
 
@@ -77,12 +78,13 @@ def open_target(target: str, threads: int) -> tuple[Runner, Json]:
     folder = Path(path)
     if kind == "engine":
         engine = artifacts.open_artifact(folder, "engine")
-        return backends.load(engine.info["backend"]).open_runner(engine, threads), engine.info["graph"]
+        return backends.open_runner(engine, threads), engine.info["graph"]
     if kind == "graph":
         from engines.backends import ort
 
         graph = artifacts.open_artifact(folder, "graph")
-        return ort.OrtRunner(ort.open_session(graph.file("model.onnx"), graph.info, threads=threads)), graph.info
+        runner = ort.OrtRunner(ort.open_session(graph.file("model.onnx"), graph.info, threads=threads))
+        return with_steps(runner, graph.info, graph), graph.info
     return _torch_target(kind, folder, threads)
 
 
@@ -102,11 +104,14 @@ def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, Json]:
         for s in family.inputs()
     ]
     axes = {name: axis.to_json() for name, axis in family.axes().items()}
-    return TorchRunner(kind, model, family), {"inputs": inputs, "axes": axes}
+    return TorchRunner(kind, model, family), {"inputs": inputs, "axes": axes, "timesteps": source.info["timesteps"]}
 
 
 def random_feeds(graph: Json, batch: int) -> dict[str, Any]:
-    """Returns seeded feeds of the shapes an engine is built for: noise for floats, small indices for integers."""
+    """Returns seeded feeds of the shapes an engine is built for: noise for floats, small indices for integers.
+
+    Rows are of all steps of the sampler.
+    """
     generator = np.random.default_rng(0)
     sizes = {name: axis["opt"] for name, axis in graph["axes"].items()} | {"batch": batch}
     feeds: dict[str, Any] = {}
@@ -116,7 +121,7 @@ def random_feeds(graph: Json, batch: int) -> dict[str, Any]:
             feeds[entry["name"]] = generator.integers(0, 2, shape).astype(entry["dtype"])
         else:
             feeds[entry["name"]] = generator.standard_normal(shape).astype(np.float32)
-    return feeds
+    return feeds | {"step": generator.integers(0, len(graph["timesteps"]), batch)}
 
 
 class _Worker:

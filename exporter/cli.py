@@ -132,12 +132,18 @@ def quantize(model: str, recipe: str, calibration: Path, out: Path, steps: int |
 @click.argument("quantized", type=FOLDER)
 @OUT
 @click.option("--dtype", default="fp32", show_default=True, help="Float type of the graph, fp16 or fp32.")
-def lower(quantized: Path, out: Path, dtype: str) -> None:
+@click.option(
+    "--step-input",
+    default="index",
+    show_default=True,
+    help="What tells the graph which of a scale for every step is meant: the step's index, or the table's row.",
+)
+def lower(quantized: Path, out: Path, dtype: str, step_input: str) -> None:
     """Write the ONNX graph of a quantized model."""
     from engines.artifacts import open_artifact
     from exporter.lower import lower as stage
 
-    _done(stage(open_artifact(quantized, "quantized"), out, dtype=dtype))
+    _done(stage(open_artifact(quantized, "quantized"), out, dtype=dtype, step_input=step_input))
 
 
 @main.command()
@@ -228,16 +234,27 @@ def inspect(artifact: Path, as_json: bool) -> None:
         click.echo(f"  {_held(manifest['info'])}")
     if manifest["kind"] == "quantized":
         from exporter import progress, ranges
+        from exporter.report import method_lines
 
+        for line in method_lines(opened.info["recipe"]["methods"], opened.info["training"]):
+            click.echo(f"  {line}")
         progress.stdout().print(ranges.table(ranges.read(opened), opened.info["layers"]))
 
 
 @main.command(name="list")
 @click.argument("what", type=click.Choice(["models", "recipes", "formats", "methods", "backends"]))
 def list_(what: str) -> None:
-    """List what ships, by name."""
+    """List what ships, by name; recipes with what they are for, methods with their options."""
     for name in _names(what):
         click.echo(name)
+        if what == "recipes":
+            from exporter import catalog
+
+            click.echo(f"    {catalog.comment(name)}")
+        if what == "methods":
+            from exporter import methods
+
+            click.echo("\n".join(f"    {line}" for line in methods.about(name)))
 
 
 def _names(what: str) -> list[str]:

@@ -12,16 +12,18 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import load_file
 
+from engines import schedule
 from engines.artifacts import Artifact, Json
 from engines.backends import ort
-from exporter import progress, quantized
-from exporter.formats import Format
+from exporter import progress, quantized, steps
 from exporter.metrics import finite, sqnr_db
 from exporter.modules import QuantizedLayer
+from exporter.ops import codebook
 from exporter.quantize import reference_feeds, reference_steps
 from exporter.run_folder import Run
 from exporter.runners import TorchRunner
 
+Record = tuple[torch.Tensor, torch.Tensor]  # what a layer read, and the step of every row of the feed
 ROWS = 8  # of each reference feed
 GROUP = 16  # layers whose inputs are held at once: bounds the memory
 
@@ -44,47 +46,48 @@ def compare_layers(run: Run) -> list[Json]:
 
 def record_inputs(
     layers: Mapping[str, QuantizedLayer], runner: TorchRunner, reference: Mapping[str, torch.Tensor]
-) -> dict[str, list[torch.Tensor]]:
-    """Returns some quantized layers' inputs over the reference steps."""
-    inputs: dict[str, list[torch.Tensor]] = {}
+) -> dict[str, list[Record]]:
+    """Returns some quantized layers' inputs over the reference steps, and the step of every row."""
+    inputs: dict[str, list[Record]] = {}
+    step = torch.empty(0)
 
     def hook(path: str) -> Any:
-        return lambda _module, args: inputs.setdefault(path, []).append(args[0])
+        return lambda _module, args: inputs.setdefault(path, []).append((args[0], step))
 
     handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
     try:
-        for step in reference_steps(reference):
-            runner.run_tensors(reference_feeds(reference, step))
+        for number in reference_steps(reference):
+            feeds = reference_feeds(reference, number)
+            step = feeds["step"]
+            runner.run_tensors(feeds)
     finally:
         for handle in handles:
             handle.remove()
     return inputs
 
 
-def compare_layer(graph: LayerGraphs, path: str, layer: QuantizedLayer, inputs: Sequence[torch.Tensor]) -> Json:
+def compare_layer(graph: LayerGraphs, path: str, layer: QuantizedLayer, inputs: Sequence[Record]) -> Json:
     """Runs one layer's nodes in ONNX Runtime and its module in PyTorch."""
     dtype = np.float16 if graph.info["dtype"] == "fp16" else np.float32
     run_output = ort.OrtRunner(ort.open_session(graph.cut(path, codes=False), graph.info))
     fmt = layer.spec.activation
     run_codes = ort.open_session(graph.cut(path, codes=True), graph.info) if fmt else None
     ours, theirs, different, total = [], [], 0, 0
-    for x in inputs:
-        with torch.no_grad():
+    for x, step in inputs:
+        with torch.no_grad(), steps.at(steps.Position(step)):
             ours.append(layer(x).flatten())
-        theirs.append(torch.from_numpy(run_output.run({"x": x.numpy()})["y"]).flatten())
-        if run_codes is not None and fmt is not None:
-            (codes,) = run_codes.run_with_ort_values(None, {"x": _ort_value(x.numpy().astype(dtype))})
-            different += int((_bytes(codes) != expected_codes(layer, fmt, x)).sum())
-            total += x.numel()
+            expected = layer.input_codes(x).view(torch.uint8).numpy().ravel() if fmt else None
+        columns = graph.columns(path, step)
+        theirs.append(torch.from_numpy(run_output.run({"x": x.numpy(), **columns})["y"]).flatten())
+        if run_codes is not None and expected is not None:
+            wanted = [entry.name for entry in run_codes.get_inputs()]
+            feeds = {"x": x.numpy().astype(dtype), **columns}
+            (codes,) = run_codes.run_with_ort_values(None, {name: _ort_value(feeds[name]) for name in wanted})
+            different += int((_bytes(codes) != expected).sum())
+            total += expected.size
     share = different / total if total else None
     value = finite(sqnr_db(torch.cat(ours), torch.cat(theirs)))
     return {"layer": path, "sqnr_db": value, "codes_different": share, "codes": total}
-
-
-def expected_codes(layer: QuantizedLayer, fmt: Format, x: torch.Tensor) -> np.ndarray[Any, Any]:
-    if layer.spec.multiplied:
-        x = x * layer.input_multiplier
-    return fmt.encode(x / layer.activation_scale).view(torch.uint8).numpy().ravel()
 
 
 class LayerGraphs:
@@ -92,39 +95,93 @@ class LayerGraphs:
 
     def __init__(self, graph: Artifact) -> None:
         self.info = graph.info
+        self._table = np.load(graph.file(schedule.FILE), allow_pickle=False) if graph.info["step_input"] else None
         self._model = ir.load(graph.file("model.onnx"))
         self._nodes: dict[str, list[ir.Node]] = {}
         for node in self._model.graph:
             self._nodes.setdefault((node.name or "").rpartition("/")[0], []).append(node)
 
     def cut(self, path: str, *, codes: bool) -> bytes:
-        """Returns one layer as a model: x → y, or with `codes` x → its activation's codes."""
-        nodes = self._nodes[path]
-        made = {value for node in nodes for value in node.outputs}
-        entries = {v for n in nodes for v in n.inputs if v is not None and v not in made and not v.is_initializer()}
-        if len(entries) != 1:
-            raise AssertionError(f"{path}: its nodes read {len(entries)} tensors where a layer reads one")
-        (entry,) = entries
+        """Returns one layer as a model: x → y, or with `codes` x → its activation's codes.
+
+        What it reads of the step table comes in as `column_0` and so on, [rows, 1].
+        """
+        nodes = self._nodes_of(path)
+        entries = _read_by(nodes)
+        columns = {value: f"column_{i}" for value, i in _columns(entries).items()}
+        rest = entries - columns.keys()
+        if len(rest) != 1:
+            raise AssertionError(f"{path}: its nodes read {len(rest)} tensors where a layer reads one")
+        (entry,) = rest
         if codes:
-            nodes = _up_to_codes(nodes, entry)
-        return _cut(self._model, nodes, entry, nodes[-1].outputs[0], self.info["dtype"], path, codes=codes)
+            nodes = _up_to_codes(nodes)
+            columns = {value: name for value, name in columns.items() if value in _read_by(nodes)}
+        return _cut(self._model, nodes, {entry: "x"} | columns, self.info["dtype"], path, codes=codes)
+
+    def _nodes_of(self, path: str) -> list[ir.Node]:
+        """Returns a layer's nodes, and those that it shares with other readers of the same tensor."""
+        found = list(self._nodes[path])
+        queue = list(found)
+        while queue:
+            for value in queue.pop().inputs:
+                node = value.producer() if value is not None else None
+                owner = (node.name or "").rpartition("/")[0] if node is not None else ""
+                if node is None or node in found or owner not in self.info["layers"] or node is self._nodes[owner][-1]:
+                    continue  # a layer's last node is its output
+                found.append(node)
+                queue.append(node)
+        order = {node: i for i, node in enumerate(self._model.graph)}
+        return sorted(found, key=order.__getitem__)
+
+    def columns(self, path: str, step: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
+        """Returns what one layer reads of the step table for rows at `step`."""
+        numbers = _columns(_read_by(self._nodes_of(path))).values()
+        assert self._table is not None or not numbers
+        return {f"column_{i}": self._table[step.numpy()][:, i : i + 1] for i in numbers}  # type: ignore[index]
 
 
-def _up_to_codes(nodes: Sequence[ir.Node], entry: ir.Value) -> list[ir.Node]:
-    """Returns the node that quantizes what a layer reads, after the one that multiplies it, if there is one."""
-    first = next(node for node in nodes if entry in node.inputs)
-    if first.op_type == "QuantizeLinear":
-        return [first]
-    return [first, next(node for node in nodes if node.op_type == "QuantizeLinear" and node.inputs[0] in first.outputs)]
+def _read_by(nodes: Sequence[ir.Node]) -> set[ir.Value]:
+    """Returns what nodes read that neither they nor the graph's constants hold."""
+    made = {value for node in nodes for value in node.outputs}
+    return {v for n in nodes for v in n.inputs if v is not None and v not in made and not v.is_initializer()}
+
+
+def _columns(values: set[ir.Value]) -> dict[ir.Value, int]:
+    """Returns those that are columns of the step table, which no module's node splits, and their numbers."""
+    found = {}
+    for value in values:
+        node, index = value.producer(), value.index()
+        if node is not None and index is not None and node.op_type == "Split" and "/" not in (node.name or ""):
+            found[value] = index
+    return found
+
+
+def _up_to_codes(nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """Returns the node that quantizes what a layer reads, and those that it needs."""
+    last = next(n for n in nodes if n.op_type == "QuantizeLinear" and not _is_decoded(n.inputs[0]))
+    wanted, found = {last}, []
+    for node in reversed(nodes[: nodes.index(last) + 1]):
+        if node in wanted:
+            found.append(node)
+            wanted |= {p for v in node.inputs if v is not None and (p := v.producer()) is not None}
+    return found[::-1]
+
+
+def _is_decoded(value: ir.Value | None) -> bool:
+    """Whether a value is looked up in a codebook: a weight, which is quantized too beside FP8 and INT8 activations."""
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == codebook.NAME
 
 
 def _cut(
-    model: ir.Model, nodes: Sequence[ir.Node], entry: ir.Value, exit_: ir.Value, dtype: str, path: str, *, codes: bool
+    model: ir.Model, nodes: Sequence[ir.Node], entries: Mapping[ir.Value, str], dtype: str, path: str, *, codes: bool
 ) -> bytes:
     protos = [ir.to_proto(node) for node in nodes]
+    exit_ = nodes[-1].outputs[0]
     weights = {v.name: v.const_value for n in nodes for v in n.inputs if v is not None and v.is_initializer()}
+    names = {value.name: name for value, name in entries.items()}
     for proto in protos:
-        proto.input[:] = ["x" if name == entry.name else name for name in proto.input]
+        proto.input[:] = [names.get(name, name) for name in proto.input]
         proto.output[:] = ["y" if name == exit_.name else name for name in proto.output]
     float_type = onnx.TensorProto.FLOAT16 if dtype == "fp16" else onnx.TensorProto.FLOAT
     zero = nodes[-1].inputs[2] if codes else None
@@ -135,7 +192,10 @@ def _cut(
     graph = onnx.helper.make_graph(
         protos,
         path,
-        [onnx.helper.make_tensor_value_info("x", float_type, None)],
+        [
+            onnx.helper.make_tensor_value_info(name, float_type if name == "x" else onnx.TensorProto.FLOAT, None)
+            for name in entries.values()
+        ],
         [onnx.helper.make_tensor_value_info("y", code_type if codes else float_type, None)],
         initializers,
     )

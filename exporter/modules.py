@@ -2,99 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engines.errors import UserError
-from exporter import formats
+from exporter import steps
 from exporter.formats import Format
-from exporter.formats.codebook import Format as CodebookFormat
 from exporter.ops import codebook, qdq
-from exporter.tensors import CodebookTensor, Granularity, QuantizedTensor, fake_quantize, times_scale
+from exporter.specs import FLOAT_LAYERS, FloatLayer, LayerSpec, channel_axis, oriented_shape
+from exporter.tensors import CodebookTensor, QuantizedTensor, fake_quantize, times_scale
 
-ZERO_POINTS = ("weight_zero_point", "activation_zero_point")  # always zero
-DERIVED = (*ZERO_POINTS, "weight_table", "weight_unit")  # what graphs need and a layer's spec says: files hold none
-FloatLayer = nn.Linear | nn.Conv2d
-FLOAT_LAYERS = (nn.Linear, nn.Conv2d)  # what a recipe's rules range over
-
-
-WARRANTED = 4  # sub-vectors to a codeword, at least. Source: methods.md section 3: K ≤ o · i / d / 4
-
-
-class StepContext:
-    """The sampler's position during one call, [batch] int64, for quantizers whose scales depend on it."""
-
-    def __init__(self) -> None:
-        self.step: torch.Tensor | None = None
-
-    @contextlib.contextmanager
-    def at(self, step: torch.Tensor | None) -> Iterator[None]:
-        self.step, before = step, self.step
-        try:
-            yield
-        finally:
-            self.step = before
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """How one layer is quantized; what the manifest holds of it. `multiplied`: it multiplies its input per channel.
-
-    Not `deployable`: its formats are simulated, for study; no graph holds them.
-    """
-
-    weight: Format
-    granularity: Granularity
-    block_size: int
-    activation: Format | None
-    multiplied: bool = False
-    deployable: bool = True
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "weight": _format_json(self.weight),
-            "granularity": self.granularity,
-            "block_size": self.block_size,
-            "activation": _format_json(self.activation) if self.activation else None,
-            "multiplied": self.multiplied,
-            "deployable": self.deployable,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str) -> LayerSpec:
-        activation = _format(value["activation"], where) if value["activation"] else None
-        weight = _format(value["weight"], where)
-        flags = value["multiplied"], value["deployable"]
-        return cls(weight, value["granularity"], value["block_size"], activation, *flags)
-
-    @property
-    def kinds(self) -> dict[str, str | None]:
-        """The types as reports and plans spell them."""
-        return {"weight": self.weight.kind, "activation": self.activation.kind if self.activation else None}
-
-    @property
-    def engine_types(self) -> dict[str, str | None]:
-        """The types an engine holds the weight in and multiplies: codes that are looked up lie there as integers."""
-        return self.kinds if self.weight.native else self.kinds | {"weight": self.weight.onnx_type.lower()}
-
-
-def _format_json(fmt: Format) -> dict[str, Any]:
-    return {"format": type(fmt).__module__.rpartition(".")[2], **vars_of(fmt)}
-
-
-def _format(value: Mapping[str, Any], where: str) -> Format:
-    return formats.load(value["format"], {k: v for k, v in value.items() if k != "format"}, where)
-
-
-def vars_of(fmt: Format) -> dict[str, Any]:
-    return {name: getattr(fmt, name) for name in type(fmt).__dataclass_fields__}  # type: ignore[attr-defined]
+ZERO_POINTS = ("weight_zero_point", "channel_zero_point", "activation_zero_point")  # always zero
+UNITS = ("activation_unit", "activation_wide_unit")
+DERIVED = (
+    *ZERO_POINTS,
+    *UNITS,
+    "weight_table",
+    "weight_unit",
+)  # what graphs need and a layer's spec says: files hold none
 
 
 class QuantizedLayer(nn.Module):
@@ -122,24 +50,34 @@ class QuantizedLayer(nn.Module):
         self.bias = source.bias
         self._decoded: torch.Tensor | None = None
         self.axis = channel_axis(source, spec)
+        # TensorRT-RTX has no convolution of INT4 weights beside INT8 inputs: there they are looked up, as INT8.
+        short = self.conv is not None and spec.activation is not None and spec.weight.onnx_type == "INT4"
+        self.looked_up = short or not spec.weight.native
         self._register_weight(oriented_shape(source, spec))
-        if spec.activation and not spec.weight.native:
+        if spec.activation and self.looked_up:
             # what was looked up is quantized to the activation's type: exact, see `check_fits`
             self.register_buffer("weight_unit", torch.empty(()), persistent=False)
             zero = torch.zeros((), dtype=spec.activation.carrier)
             self.register_buffer("weight_zero_point", zero, persistent=False)
+            if (
+                short and spec.granularity == "channel"
+            ):  # ONNX Runtime gives the weight that of the unit where it has none
+                zeros = torch.zeros(self.weight_shape[0], dtype=torch.int8)
+                self.register_buffer("channel_zero_point", zeros, persistent=False)
         if spec.multiplied:
             self.register_buffer("input_multiplier", torch.empty(multiplier_shape(source)))
         if spec.activation:
-            self.register_buffer("activation_scale", torch.empty(()))
-            zero = torch.zeros((), dtype=spec.activation.carrier)
-            self.register_buffer("activation_zero_point", zero, persistent=False)
+            self._register_activation(spec.activation)
+
+    def _register_activation(self, fmt: Format) -> None:
+        self.register_buffer("activation_scale", torch.empty(()))
+        self.register_buffer("activation_zero_point", torch.zeros((), dtype=fmt.carrier), persistent=False)
 
     def _register_weight(self, shape: tuple[int, ...]) -> None:
         fmt = self.spec.weight
         self.register_buffer("weight_codes", torch.empty(shape, dtype=fmt.carrier))
         self.register_buffer("weight_scale", torch.empty(self._scale_shape(shape)))
-        if not fmt.native:
+        if self.looked_up:
             self.register_buffer("weight_table", torch.empty(codebook.ENTRIES[fmt.onnx_type]), persistent=False)
         elif fmt.onnx_type == "INT8":
             # ONNX Runtime's AVX2 path turns int8 weights into uint8 and fails where their zero point is left out.
@@ -166,12 +104,23 @@ class QuantizedLayer(nn.Module):
             x = x * self.input_multiplier
         if self.spec.activation:
             x = self._quantized_input(x, self.spec.activation)
+        return self._product(x, weight, self.bias)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **conv: Any) -> torch.Tensor:
         if self.conv:
-            return F.conv2d(x, weight.reshape(self.weight_shape), self.bias, **self.conv)
+            return F.conv2d(x, weight.reshape(self.weight_shape), bias, **{**self.conv, **conv})
         if torch.compiler.is_exporting():
             y = x @ weight
-            return y if self.bias is None else y + self.bias
-        return F.linear(x, weight.T, self.bias)
+            return y if bias is None else y + bias
+        return F.linear(x, weight.T, bias)
+
+    def input_codes(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the codes that an input is multiplied as."""
+        fmt = self.spec.activation
+        assert fmt is not None
+        if self.spec.multiplied:
+            x = x * self.input_multiplier
+        return fmt.encode(x / self.activation_scale)
 
     def decode_once(self) -> None:
         """Keeps the decoded weight in memory from now on, fp32: sampling is faster, the codes stay what they are."""
@@ -183,20 +132,22 @@ class QuantizedLayer(nn.Module):
         return self.weight_tensor.dequantize(dtype)
 
     def _quantized_input(self, x: torch.Tensor, fmt: Format) -> torch.Tensor:
-        if torch.compiler.is_exporting():
-            return qdq.quantize_dequantize(x, self.activation_scale, self.activation_zero_point)
-        return fake_quantize(x, self.activation_scale, fmt)
+        if not torch.compiler.is_exporting():
+            return fake_quantize(x, self.activation_scale, fmt)
+        if self.spec.narrow:
+            x = clipped(x, self.activation_scale, fmt)
+        return qdq.quantize_dequantize(x, self.activation_scale, self.activation_zero_point)
 
     def _traced_weight(self) -> torch.Tensor:
         spec, scale = self.spec, self.weight_scale
-        if spec.weight.native:
+        if not self.looked_up:
             zero_point = self._buffers.get("weight_zero_point")
             return qdq.dequantize(self.weight_codes, scale, zero_point, self.axis, spec.block_size)
         values = codebook.dequantize(self.weight_codes, self.weight_table)
         if not spec.activation:
             return times_scale(values, scale, spec.granularity, self.axis, spec.block_size)
         codes = qdq.quantize(values, self.weight_unit, self.weight_zero_point)
-        return qdq.dequantize(codes, scale, None, self.axis, spec.block_size)
+        return qdq.dequantize(codes, scale, self._buffers.get("channel_zero_point"), self.axis, spec.block_size)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLayer:
         # .half() and .double() convert every floating-point buffer, and float8 counts as one: codes are not numbers.
@@ -207,6 +158,113 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight_shape}, {self.spec.kinds}"
+
+
+def clipped(x: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Emits what keeps x within the ends of integers that have fewer bits than those that carry their codes."""
+    return qdq.clip(x, scale * -(fmt.max_value + 1), scale * fmt.max_value)
+
+
+class SteppedLayer(QuantizedLayer):
+    """A layer whose activation has a scale for every sampling step, in a graph whose scales are constants.
+
+    What comes in is multiplied by unit / D(step) in fp32, quantized by `unit`, multiplied with the weight, and
+    multiplied by D(step) / unit, before the bias. `shifted`, the codes are those of x / D + z less 2^(b−1), so that
+    TensorRT, which knows no zero points, multiplies them; what the shift adds to an output channel is taken off.
+    activation_scale D [steps], activation_shift z − 2^(b−1) [steps], shift_sum unit · Σ weight [out].
+    Source: methods.md section 2, "Lowering a per-step scale exactly".
+    """
+
+    activation_shift: torch.Tensor
+    shift_sum: torch.Tensor
+    activation_unit: torch.Tensor
+    activation_wide_unit: torch.Tensor
+    columns: tuple[int, ...] = ()  # of the graph's table, while it is traced: those of D / unit and of the shift
+
+    def _register_activation(self, fmt: Format) -> None:
+        self.register_buffer("activation_scale", torch.empty(self.spec.steps))
+        self.register_buffer("activation_zero_point", torch.zeros((), dtype=fmt.carrier), persistent=False)
+        self.register_buffer("activation_unit", torch.empty(()), persistent=False)
+        self.register_buffer("activation_wide_unit", torch.empty((), dtype=torch.float32), persistent=False)
+        if self.spec.shifted:
+            self.register_buffer("activation_shift", torch.empty(self.spec.steps))
+            self.register_buffer("shift_sum", torch.empty(self.weight_shape[0], dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fmt, traced = self.spec.activation, torch.compiler.is_exporting()
+        assert fmt is not None
+        weight = self._traced_weight() if traced else self._weight(x.dtype)
+        undo, shift = self._position(x)
+        wide, unit = self._in_units(x, undo, shift)
+        if traced:
+            if self.spec.narrow:
+                wide = clipped(wide, unit, fmt)
+            codes = qdq.quantize_dequantize(wide, self.activation_unit, self.activation_zero_point, unit)
+        else:
+            codes = (fmt.round(wide / unit) * unit).to(x.dtype)
+        padded = {"padding": 0} if self.spec.shifted else {}
+        y = self._product(codes, weight, None, **padded) * undo.to(x.dtype)
+        if self.spec.shifted:
+            y = y - (shift * undo).to(x.dtype) * self._along_outputs(self.shift_sum.to(x.dtype))
+        return y if self.bias is None else y + self._along_outputs(self.bias)
+
+    def input_codes(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.spec.activation is not None
+        wide, unit = self._in_units(x, *self._position(x))
+        return self.spec.activation.encode(wide / unit)
+
+    def _in_units(self, x: torch.Tensor, undo: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what the quantizer sees, in fp32 or wider, and its scale."""
+        if self.spec.shifted and self.conv:
+            x = F.pad(x, self._padding())  # zeros, which must come before the shift
+        factor = 1 / undo
+        if self.spec.multiplied:
+            factor = self.input_multiplier.to(factor.dtype) * factor
+        wide = (x if x.dtype == torch.float64 else x.float()) * factor
+        traced = torch.compiler.is_exporting()
+        unit = self.activation_wide_unit if traced else step_unit(self.activation_scale).to(wide.dtype)
+        return wide + shift * unit if self.spec.shifted else wide, unit
+
+    def sum_shift(self) -> None:
+        """Sets what a shift of 1 adds to every output, once weight and scales are set."""
+        if self.spec.shifted:
+            weight = self.weight_tensor.dequantize()
+            sums = weight.sum(dim=[d for d in range(weight.ndim) if d != self._outputs()])
+            self.shift_sum = step_unit(self.activation_scale) * sums
+
+    def _outputs(self) -> int:
+        """Returns the axis of the codes that outputs lie along."""
+        return 0 if self.conv else 1
+
+    def _position(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns D / unit and the shift of every row of x, in fp32 or wider, so that they broadcast over it."""
+        now = steps.now()
+        if torch.compiler.is_exporting():
+            found = [now.columns[i] for i in self.columns]
+        else:
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            scale = self.activation_scale.to(wide)
+            found = [(scale / step_unit(scale))[now.step]]
+            if self.spec.shifted:
+                found.append(self.activation_shift.to(wide)[now.step])
+        shape = (-1, *[1] * (x.ndim - 1))
+        undo, *shift = (one.reshape(shape) for one in found)
+        return undo, shift[0] if shift else undo
+
+    def _along_outputs(self, values: torch.Tensor) -> torch.Tensor:
+        return values.reshape(-1, 1, 1) if self.conv else values
+
+    def _padding(self) -> list[int]:
+        """Returns a convolution's zero padding as F.pad takes it."""
+        assert self.conv is not None
+        height, width = self.conv["padding"]
+        return [width, width, height, height]
+
+
+def step_unit(scales: torch.Tensor) -> torch.Tensor:
+    """Returns the largest power of two that is at most every scale, []. Source: methods.md section 2."""
+    _, exponent = torch.frexp(scales.detach().float().amin())  # of a mantissa in [0.5, 1)
+    return torch.ldexp(torch.ones(()), exponent - 1)
 
 
 class CodebookLayer(QuantizedLayer):
@@ -249,124 +307,18 @@ class CodebookLayer(QuantizedLayer):
 
 def quantized_layer(source: FloatLayer, spec: LayerSpec) -> QuantizedLayer:
     """Returns the layer that holds what `spec` says in place of the float weight."""
-    return CodebookLayer(source, spec) if spec.weight.learned else QuantizedLayer(source, spec)
+    if spec.weight.learned:
+        return CodebookLayer(source, spec)
+    return SteppedLayer(source, spec) if spec.steps else QuantizedLayer(source, spec)
 
 
 def _conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
 
 
-def channel_axis(layer: FloatLayer, spec: LayerSpec) -> int:
-    """Returns the axis of the codes that channels, or blocks, lie along."""
-    if spec.weight.learned:
-        return 0
-    return int(isinstance(layer, nn.Conv2d) == (spec.granularity == "block"))
-
-
-def oriented_shape(layer: FloatLayer, spec: LayerSpec) -> tuple[int, ...]:
-    """Returns the shape the codes lie in."""
-    shape = tuple(layer.weight.shape)
-    if isinstance(spec.weight, CodebookFormat):
-        return shape[0], math.prod(shape[1:]) // spec.weight.vector_size
-    if isinstance(layer, nn.Conv2d):
-        return (shape[0], shape[1] * shape[2] * shape[3]) if spec.granularity == "block" else shape
-    return shape[::-1]
-
-
-def oriented(layer: FloatLayer, spec: LayerSpec) -> torch.Tensor:
-    """Returns the float weight in the orientation of the codes; those of a codebook stand for its rows [out, n]."""
-    weight: torch.Tensor = layer.weight.detach()
-    if spec.weight.learned:
-        return weight.flatten(1)
-    if isinstance(layer, nn.Conv2d):
-        return weight.flatten(1) if spec.granularity == "block" else weight
-    return weight.T
-
-
-def check_fits(path: str, layer: FloatLayer, spec: LayerSpec) -> None:
-    """Raises a UserError if the layer's width is no multiple of the block size, or its formats do not go together."""
-    if isinstance(spec.weight, CodebookFormat):
-        _check_codebook(path, layer, spec.weight)
-    elif not spec.weight.native and spec.deployable:
-        _check_looked_up(path, spec)
-    if spec.granularity != "block":
-        return
-    shape = oriented_shape(layer, spec)
-    width = shape[1] if isinstance(layer, nn.Conv2d) else shape[0]
-    if width % spec.block_size:
-        divisors = [d for d in (16, 32, 64, 128, 256) if width % d == 0]
-        raise UserError(
-            f"layer {path!r}: its {width} inputs are no multiple of block_size {spec.block_size}",
-            fix=f"use block_size {' or '.join(map(str, divisors))}" if divisors else 'use granularity "channel" for it',
-        )
-
-
-def fitting(path: str, layer: FloatLayer, spec: LayerSpec, choices: Sequence[Format]) -> tuple[Format, ...]:
-    """Returns the weight formats that the layer can have and an engine multiply; if there is none, raises why.
-
-    A format that stands alone was asked for by name: it may meet any activation.
-    """
-    found, faults = [], []
-    for fmt in choices:
-        try:
-            check_fits(path, layer, replace(spec, weight=fmt))
-        except UserError as error:
-            faults.append(error)
-        else:
-            free = len(choices) == 1 or not spec.activation or not spec.deployable
-            if free or fmt.kind.startswith(spec.activation.kind[:2]):  # type: ignore[union-attr]
-                found.append(fmt)
-    if not found and faults:
-        raise faults[0]
-    if not found:
-        raise UserError(f"layer {path!r}: none of the formats goes with its activations", fix="name one")
-    return tuple(found)
-
-
-def _check_looked_up(path: str, spec: LayerSpec) -> None:
-    """Raises a UserError if no graph can hold the table, or no matmul takes what is looked up in it.
-
-    A looked-up weight meets a quantized activation in the activation's type: each of its values must be in that.
-    """
-    values, activation = spec.weight.values, spec.activation
-    if not torch.equal(values.half().float(), values):
-        raise UserError(
-            f"layer {path!r}: not all values of {spec.weight} exist in fp16, which graphs compute in",
-            fix="use at most 4 exponent bits, or E5M2; or study it with deployable = false in the rule",
-        )
-    if activation is None:
-        return
-    what = f"layer {path!r}: {spec.weight.kind} weights ({spec.weight}) with {activation.kind} activations"
-    if activation.kind != "fp8" or not torch.equal(activation.round(values), values):
-        raise UserError(
-            f"{what}: not all values of the one exist in the other, so no engine multiplies them",
-            fix="use fp8 activations (E4M3) and at most 3 mantissa bits in weights, or float activations",
-        )
-
-
-def _check_codebook(path: str, layer: FloatLayer, fmt: CodebookFormat) -> None:
-    """Raises a UserError if sub-vectors do not fill the rows, or codewords are too many for so few of them."""
-    rows, width = layer.weight.shape[0], layer.weight[0].numel()
-    what = f"layer {path!r}: a codebook of {fmt.codebook_size} × {fmt.vector_size}"
-    unit = fmt.vector_size * (2 if fmt.bits == 6 else 1)
-    if width % unit:
-        why = "codes of 6 bits are stored in pairs" if fmt.bits == 6 else "each code stands for so many"
-        raise UserError(
-            f"{what}: its rows of {width} weights are no multiple of {unit} ({why})",
-            fix="use another vector_size for it, or keep it",
-        )
-    vectors = rows * width // fmt.vector_size
-    if fmt.codebook_size * WARRANTED > vectors:
-        raise UserError(
-            f"{what} for {vectors} sub-vectors: at least {fmt.codebook_size * WARRANTED} warrant one",
-            fix="use a smaller codebook_size, or keep such layers (fewer_weights_than in a rule before this one)",
-        )
-
-
 def multiplier_shape(layer: FloatLayer) -> tuple[int, ...]:
     """Returns the shape in which a factor per input channel multiplies what the layer reads."""
-    channels = layer.weight.shape[1]
-    return (channels, 1, 1) if isinstance(layer, nn.Conv2d) else (channels,)
+    return (layer.in_channels, 1, 1) if isinstance(layer, nn.Conv2d) else (layer.in_features,)
 
 
 def multiply_input(layer: FloatLayer, multiplier: torch.Tensor) -> None:
@@ -407,23 +359,6 @@ def split_inputs(model: nn.Module, splits: Mapping[str, int]) -> None:
         conv = float_layer(model, path)
         assert isinstance(conv, nn.Conv2d), path
         put(model, path, SplitConv2d(conv, first))
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """What a recipe's rules may ask about a layer; `channels` is the fewer of in and out, per group."""
-
-    conv: bool
-    channels: int
-    grouped: bool
-    weights: int
-
-
-def facts(layer: FloatLayer) -> LayerFacts:
-    """Returns what rules may ask about a layer."""
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    narrow = min(layer.weight.shape[0] // groups, layer.weight.shape[1])
-    return LayerFacts(isinstance(layer, nn.Conv2d), narrow, groups > 1, layer.weight.numel())
 
 
 def float_layer(model: nn.Module, path: str) -> FloatLayer:

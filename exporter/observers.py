@@ -9,6 +9,7 @@ import torch
 
 from exporter.formats import Format
 from exporter.samples import even_share
+from exporter.tensors import rounded_up
 
 OCTAVE_BITS = 8  # 256 bins to an octave: see Histogram
 LOWEST_EXPONENT = -24
@@ -112,6 +113,38 @@ class Mse:
         scales = (clips / fmt.max_value)[:, None]
         errors = ((fmt.round(values / scales) * scales - values).square() * counts).sum(dim=1)
         return float(clips[errors.argmin()]), float(errors.min())
+
+
+class TwoSided:
+    """Both sides of zero apart, for codes that have a zero point."""
+
+    def __init__(self) -> None:
+        self._sides = {1: Histogram(), -1: Histogram()}
+
+    def update(self, x: torch.Tensor) -> None:
+        for sign, histogram in self._sides.items():
+            side = sign * x[sign * x > 0]
+            if side.numel():
+                histogram.update(side)
+
+    def fit(self, fmt: Format, search: bool) -> tuple[float, int]:
+        """Returns the scale, as fp16 holds it, and the shift z − 2^(b−1) of codes from the least to the largest value.
+
+        With `search` the end above is the one that leaves the least squared error.
+        """
+        low, high = -self._sides[-1].largest, self._sides[1].largest
+        if low == high:
+            return 1.0, 0
+        values = torch.cat([sign * side.means[side.counts > 0] for sign, side in self._sides.items()])
+        counts = torch.cat([side.counts[side.counts > 0] for side in self._sides.values()])
+        ends = CLIPS.double() * high if search and high > 0 else torch.tensor([high], dtype=torch.float64)
+        levels, half = 2**fmt.bits - 1, 2 ** (fmt.bits - 1)
+        scales = rounded_up((ends - low) / levels).double()
+        shifts = (-low / scales).round().clamp(max=levels) - half
+        codes = ((values / scales[:, None]).round() + shifts[:, None]).clamp(-half, half - 1)
+        errors = (((codes - shifts[:, None]) * scales[:, None] - values).square() * counts).sum(dim=1)
+        best = int(errors.argmin())
+        return float(scales[best]), int(shifts[best])
 
 
 FITTING = ("mse",)  # whose errors tell formats apart

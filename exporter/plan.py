@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from exporter import methods
+from exporter.attention import PointSpec, add_points, attentions, points_of
 from exporter.checkpoint import Checkpoint
 from exporter.formats import Format
 from exporter.models import Family
-from exporter.modules import LayerSpec, facts, fitting, float_layers, split_inputs
-from exporter.recipe import Recipe, Rule
+from exporter.modules import float_layers, split_inputs
+from exporter.recipe import ActivationSpec, Recipe, Rule
+from exporter.specs import LayerSpec, facts, fitting
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Plan:
     rules: Mapping[str, Rule]
     specs: Mapping[str, LayerSpec]
     splits: Mapping[str, int]
+    products: Mapping[str, ActivationSpec] = field(default_factory=dict)  # of every point of an attention
+    points: Mapping[str, PointSpec] = field(default_factory=dict)  # what came of it
 
     @property
     def deployable(self) -> bool:
@@ -53,7 +57,10 @@ def layer_specs(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, LayerSpec]:
 def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
     """Assigns rules to layers, and splits the convolutions that they say to split, in place."""
     layers = float_layers(model)
-    assigned = recipe.assign({path: facts(layer) for path, layer in layers.items()}, family.blocks(model))
+    blocks, found = family.blocks(model), attentions(model)
+    assigned = recipe.assign({path: facts(layer) for path, layer in layers.items()}, blocks, found)
+    asked = recipe.products(found, blocks)
+    add_points(model, list(asked))
     splits = {
         path: first
         for path, first in family.skips(model).items()
@@ -73,4 +80,5 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
         specs[path] = replace(spec, weight=choices[0])
         if rule.weight.candidates:
             rules[path] = replace(rule, weight=replace(rule.weight, format=choices[0], candidates=choices))
-    return Plan(rules, specs, splits)
+    products = {point: rule for path, rule in asked.items() for point in points_of(path)}
+    return Plan(rules, specs, splits, products)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,28 @@ from calib_data.tensors import save_tensors
 from engines import artifacts
 from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError
-from exporter import methods, moments, observers, progress, quantized, scaling
+from exporter import methods, moments, progress, quantized, scaling
+from exporter.activations import observe
+from exporter.attention import quantized_points
 from exporter.checkpoint import Checkpoint
 from exporter.memory import peak_rss_bytes
 from exporter.models import Family
-from exporter.modules import StepContext
+from exporter.modules import SteppedLayer
 from exporter.plan import Plan, plan_layers
 from exporter.ranges import FILE as RANGES
-from exporter.ranges import Ranges
 from exporter.recipe import Recipe
 from exporter.runners import TorchRunner, in_chunks
+from exporter.sampling import timesteps
 from exporter.swap import Start, prepare, quantize_weight, swap_layers
-from exporter.tensors import CodebookTensor, QuantizedTensor, scale_for
+from exporter.tensors import CodebookTensor, QuantizedTensor
 from exporter.versions import versions
+from exporter.watch import watch_inputs
 
 BLOCKS = ".blocks"  # in a draft: what trained methods keep until all blocks are done
 REFERENCE_STEPS = 5  # first and last included
 # Rows of a reference feed. A rounding floor is made of few flipped codes, so few rows make it noisy: the FP8 engine of
 # digits-dit lay up to 2.9 dB under it at a step with 8 rows, up to 2.4 dB with 32.
 REFERENCE_ROWS = 32
-
-OBSERVED_ROWS = 64  # at once, at most
 
 Reference = dict[str, torch.Tensor]
 
@@ -48,6 +50,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
     if (made := artifacts.current(out, request)) is not None:
         return made
     trains = any(rule.method and methods.load(rule.method.name).TRAINS for rule in recipe.rules)
+    _check_recorded_for(checkpoint, calibration)
     with artifacts.drafting(out, request, resumable=trains) as draft:
         data, family = CalibrationSet(calibration), checkpoint.family
         model = checkpoint.load()
@@ -57,18 +60,34 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         factors = _factors(model, family, plan, data)
         plan = plan.multiplying(scaling.apply(model, family.folds(model), factors))
         training = prepare(model, family, plan, data, draft.path / BLOCKS)
-        plan, scales, seen = _activations(model, family, plan, data)
-        start = Start(_weights_by_inputs(model, family, plan, data), scales)
+        plan, activations, seen = observe(model, family, plan, data)
+        start = Start(_weights_by_inputs(model, family, plan, data), activations)
         plan = swap_layers(model, family, plan, start, training)
         quantized.save(model, draft.path)
         scaling.save(factors, draft.path)
         artifacts.write_json(draft.path / RANGES, seen.to_json(_ends(model)))
-        draft.info = _info(checkpoint, recipe, calibration, model, plan, factors)
+        draft.info = _info(checkpoint, recipe, calibration, model, plan, factors) | {"training": training.record()}
         _add_quantized_outputs(reference, model, family, floors=plan.deployable)  # last: it leaves the model in fp16
         save_tensors(reference, draft.path / quantized.REFERENCE)
         shutil.rmtree(draft.path / BLOCKS, ignore_errors=True)  # a kill until now would have found what was trained
         draft.timings["peak_rss_bytes"] = peak_rss_bytes()
     return artifacts.open_artifact(out, "quantized")
+
+
+def _check_recorded_for(checkpoint: Checkpoint, calibration: Artifact) -> None:
+    """Raises a UserError if a calibration set is of another schedule or another model."""
+    ours, theirs = timesteps(checkpoint), calibration.info["timesteps"]
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"{calibration.path}: was recorded over {len(theirs)} sampling steps, and {checkpoint.name} is to take "
+            f"{len(ours)}",
+            fix=f"use --steps {len(theirs)}, or calibrate with --steps {len(ours)}",
+        )
+    if calibration.manifest["made_from"]["model"] != checkpoint.digest:
+        raise UserError(
+            f"{calibration.path}: was recorded for another model, or another sampler, than {checkpoint.name}",
+            fix="calibrate this one",
+        )
 
 
 def _factors(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet) -> dict[str, torch.Tensor]:
@@ -100,85 +119,21 @@ def _channel_absmax(
     return largest
 
 
-def _activations(
-    model: nn.Module, family: Family, plan: Plan, data: CalibrationSet
-) -> tuple[Plan, dict[str, torch.Tensor], Ranges]:
-    """Observes the inputs of every layer with a quantized activation; returns scales, [], and the ranges seen.
-
-    The plan has the formats that were chosen where a rule leaves them open.
-    """
-    watched = {
-        path: observers.OBSERVERS[rule.activation.observer]()
-        for path, rule in plan.rules.items()
-        if path in plan.specs and rule.activation
-    }
-    table = Ranges(data.steps)
-    if not watched:
-        return plan, {}, table
-
-    def see(path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
-        watched[path].update(x)
-        table.update(path, x, steps)
-
-    watch_inputs(model, family, list(watched), data, see, "activation ranges")
-    scales, specs = {}, dict(plan.specs)
-    for path, observer in watched.items():
-        activation = plan.rules[path].activation
-        assert activation is not None
-        fmt = activation.format
-        if activation.candidates:
-            fmt = min(activation.candidates, key=lambda one: observer.fit(one)[1])  # type: ignore[attr-defined]
-            specs[path] = replace(specs[path], activation=fmt)
-        scales[path] = scale_for(torch.tensor(observer.range(fmt), dtype=torch.float64), fmt)
-    return replace(plan, specs=specs), scales, table
-
-
-def _ends(model: nn.Module) -> dict[str, float]:
-    """Returns the largest magnitude that each layer's activation format takes, by path."""
-    layers = quantized.quantized_layers(model).items()
-    return {p: float(one.activation_scale) * one.spec.activation.max_value for p, one in layers if one.spec.activation}
-
-
-def watch_inputs(
-    model: nn.Module,
-    family: Family,
-    paths: Sequence[str],
-    data: CalibrationSet,
-    see: Any,
-    what: str,
-    *,
-    trajectories: int | None = None,
-) -> None:
-    """Runs calibration records through the model, showing `see(path, x, steps)` the inputs of layers.
-
-    All records, or those of the first `trajectories`, by whole shards.
-    """
-    now = torch.empty(0)
-
-    def hook(path: str) -> Any:
-        def look(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            if not args[0].isfinite().all():
-                raise UserError(
-                    f"layer {path!r}: its input is NaN or infinite in calibration",
-                    fix="the float model overflows there: check the checkpoint and its sampler settings",
-                )
-            see(path, args[0], now)
-
-        return look
-
-    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
-    runner = TorchRunner("float", model, family)
-    batches = list(data.shards)
-    if trajectories:
-        batches = batches[: -(-len(batches) * trajectories // data.artifact.info["samples"])]
-    try:
-        for shard in progress.track(batches, len(batches), f"observing {what}"):
-            for feeds in data.batches(shards=[shard], rows=family.rows(OBSERVED_ROWS)):
-                now = feeds["step"]
-                runner.run_tensors(feeds)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _ends(model: nn.Module) -> dict[str, list[float]]:
+    """Returns the largest magnitude that each layer's activation format takes, by path: of all steps, or one each."""
+    found = {}
+    for path, layer in quantized.quantized_layers(model).items():
+        fmt = layer.spec.activation
+        if fmt is None:
+            continue
+        ends = torch.tensor(fmt.max_value)
+        if isinstance(layer, SteppedLayer) and layer.spec.shifted:  # x = (code − shift) · scale
+            low, high = float(fmt.values.min()) - layer.activation_shift, fmt.max_value - layer.activation_shift
+            ends = torch.maximum(low.abs(), high.abs())
+        found[path] = (layer.activation_scale * ends).reshape(-1).tolist()
+    for path, point in quantized_points(model).items():
+        found[path] = (point.activation_scale * point.spec.format.max_value).reshape(-1).tolist()
+    return found
 
 
 def _weights_by_inputs(
@@ -242,7 +197,7 @@ def _add_quantized_outputs(reference: Reference, model: nn.Module, family: Famil
         outputs |= {"quantized_fp64": torch.float64, "quantized_fp16": torch.float16}
     for what, dtype in outputs.items():
         nn.Module.to(model, dtype)  # diffusers' own .to() warns that it may keep modules in fp32; none is here
-        _add_outputs(reference, what, TorchRunner(what, model, family, dtype=dtype, steps=StepContext()))
+        _add_outputs(reference, what, TorchRunner(what, model, family, dtype=dtype))
 
 
 def _info(
@@ -263,14 +218,26 @@ def _info(
             "parameters": parameters,
             "float_weight_bytes": 2 * parameters,  # the checkpoint as fp16
         },
-        "recipe": {"name": recipe.name, "digest": recipe.digest},
+        "recipe": {"name": recipe.name, "digest": recipe.digest, "methods": _methods(plan)},
         "layers": {path: spec.to_json() for path, spec in plan.specs.items()},
         "splits": dict(plan.splits),
+        "points": {path: spec.to_json() for path, spec in plan.points.items()},
         "smoothed_layers": sorted(path for paths in factors for path in paths.split("+")),
+        "factors": {paths: scaling.summary(factor) for paths, factor in factors.items()},
         "weights": quantized.storage(model) | {"kept_layers": len(plan.rules) - len(plan.specs)},
         **{key: calibration.info[key] for key in ("timesteps", "entries")},
         "sampler": checkpoint.sampler,
     }
+
+
+def _methods(plan: Plan) -> list[Json]:
+    """Returns the methods used, each with its options and how many layers it quantized."""
+    used = Counter(plan.rules[path].method for path in plan.specs)
+    return [
+        {"name": spec.name, "options": asdict(spec.options), "layers": count}
+        for spec, count in used.items()
+        if spec is not None
+    ]
 
 
 def checkpoint_parameters(checkpoint: Checkpoint) -> int:

@@ -15,18 +15,11 @@ from calib_data.tensors import save_tensors
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError
 from exporter import scaling
+from exporter.attention import PointSpec, add_points, attention_of, quantize_points
 from exporter.checkpoint import Checkpoint, open_checkpoint, parameters_on_meta, set_parameter
 from exporter.models import Family, family_of
-from exporter.modules import (
-    DERIVED,
-    FLOAT_LAYERS,
-    LayerSpec,
-    QuantizedLayer,
-    float_layer,
-    put,
-    quantized_layer,
-    split_inputs,
-)
+from exporter.modules import DERIVED, QuantizedLayer, float_layer, put, quantized_layer, split_inputs
+from exporter.specs import FLOAT_LAYERS, LayerSpec
 from exporter.tensors import pack, unpack
 
 SHARD_BYTES = 512 << 20  # what one file holds, and so what is in memory while it is written
@@ -122,6 +115,12 @@ def specs(artifact: Artifact) -> dict[str, LayerSpec]:
     return {path: LayerSpec.from_json(value, where) for path, value in artifact.info["layers"].items()}
 
 
+def points(artifact: Artifact) -> dict[str, PointSpec]:
+    """Returns how each point of an attention is quantized."""
+    where = str(artifact.path)
+    return {path: PointSpec.from_json(value, where) for path, value in artifact.info["points"].items()}
+
+
 def skeleton(artifact: Artifact) -> nn.Module:
     """Builds the quantized module without memory for parameters; codes and scales are there, not filled."""
     with parameters_on_meta():
@@ -134,6 +133,9 @@ def build(artifact: Artifact) -> nn.Module:
     split_inputs(model, artifact.info["splits"])
     for path, spec in specs(artifact).items():
         put(model, path, quantized_layer(float_layer(model, path), spec))
+    found = points(artifact)
+    add_points(model, list(dict.fromkeys(attention_of(path) for path in found)))
+    quantize_points(model, found)
     return model
 
 
@@ -171,23 +173,24 @@ def load_layer(stored: StoredTensors, path: str, spec: LayerSpec, source: nn.Mod
 
 def _restored(raw: torch.Tensor, like: torch.Tensor, layer: QuantizedLayer | None, leaf: str) -> torch.Tensor:
     if layer is None:
+        if leaf == "activation_scale":  # of a point
+            _check_stored(raw, like.shape, leaf, "a point of an attention")
         return raw.to(like.dtype)
-    codes = leaf == "weight_codes"
+    codes, what = leaf == "weight_codes", f"a quantized layer of {tuple(layer.weight_shape)}"
     wanted = pack(torch.empty_like(like), layer.spec.weight).shape if codes else like.shape
+    _check_stored(raw, wanted, leaf, what)
+    return unpack(raw, layer.spec.weight, like) if codes else raw.to(like.dtype)
+
+
+def _check_stored(raw: torch.Tensor, wanted: torch.Size, leaf: str, what: str) -> None:
     if raw.shape != wanted:
         raise UserError(
-            f"a quantized layer of {tuple(layer.weight_shape)} holds {leaf} {tuple(raw.shape)}, and its format wants "
-            f"{tuple(wanted)}",
+            f"{what} holds {leaf} {tuple(raw.shape)}, and its format wants {tuple(wanted)}",
             fix="quantize the model again",
         )
-    if codes:
-        return unpack(raw, layer.spec.weight, like)
-    if raw.is_floating_point() and not raw.isfinite().all():
-        raise UserError(
-            f"a quantized layer of {tuple(layer.weight_shape)} holds {leaf} with NaN or infinity",
-            fix="quantize it again",
-        )
-    return raw.to(like.dtype)
+    numbers = raw.is_floating_point() and raw.itemsize > 1  # float8 are codes
+    if numbers and not raw.isfinite().all():
+        raise UserError(f"{what} holds {leaf} with NaN or infinity", fix="quantize it again")
 
 
 def storage(model: nn.Module) -> Json:

@@ -29,12 +29,26 @@ class Ranges:
         rows = x.abs().flatten(1).amax(dim=1).float()
         largest.scatter_reduce_(0, steps.repeat_interleave(len(x) // len(steps)), rows, "amax")
 
-    def to_json(self, chosen: Mapping[str, float]) -> Json:
-        """Returns the table; `chosen` holds the range of each layer's quantizer."""
+    def told(self, path: str) -> bool:
+        """Whether the rows of what the layer reads belong to steps."""
+        return path not in self._untold
+
+    def share(self, leaders: Mapping[str, str]) -> None:
+        """Gives layers what their leaders saw: those read the same."""
+        for path, leader in leaders.items():
+            self._largest[path] = self._largest[leader]
+            if leader in self._untold:
+                self._untold.add(path)
+
+    def to_json(self, chosen: Mapping[str, Sequence[float]]) -> Json:
+        """Returns the table; `chosen` holds the range of each layer's quantizer at every step."""
         return {
             "steps": self._steps,
             "layers": {
-                path: {"range": chosen[path], "absmax": [float(self._largest[path][s]) for s in self._steps]}
+                path: {
+                    "range": [chosen[path][s if len(chosen[path]) > 1 else 0] for s in self._steps],
+                    "absmax": [float(self._largest[path][s]) for s in self._steps],
+                }
                 for path in self._largest
                 if path not in self._untold
             },
@@ -47,18 +61,25 @@ def read(source: Artifact) -> Json:
 
 
 def table(ranges: Json, layers: Mapping[str, Json]) -> Table:
-    """Returns how each layer is quantized: weight, activation, the range chosen, extremes seen, and steps clipped."""
+    """Returns how each layer is quantized: weight, activation, the range chosen, what was seen, and steps clipped.
+
+    `varies`: the largest magnitude at the step where it is largest, over that where it is least.
+    """
     made = Table(
         Column("layer", overflow="fold"), "weight", "activation", "range", "least absmax", "largest absmax",
-        "steps clipped",
+        "varies", "steps clipped",
     )  # fmt: skip
-    for column in made.columns[3:6]:
+    for column in made.columns[3:7]:
         column.justify = "right"
     for path, layer in layers.items():
         weight = f"{_spelled(layer['weight'])} per {layer['granularity']}" + f" of {layer['block_size']}" * bool(
             layer["block_size"]
         )
         activation = _spelled(layer["activation"]) if layer["activation"] else "float"
+        activation += " in INT8" * (
+            activation.startswith("int") and layer["activation"]["bits"] < 8 and layer["deployable"]
+        )
+        activation += " by step" * bool(layer["steps"]) + ", zero points" * layer["shifted"]
         weight += " (simulated)" * (not layer["deployable"])
         made.add_row(path, weight, activation, *_seen(ranges, path))
     return made
@@ -75,10 +96,14 @@ def _spelled(fmt: Json) -> str:
 def _seen(ranges: Json, path: str) -> tuple[str, ...]:
     row = ranges["layers"].get(path)
     if row is None:
-        return "", "", "", ""
-    clipped = [step for step, value in zip(ranges["steps"], row["absmax"], strict=True) if value > row["range"]]
-    extremes = (f"{value:.4g}" for value in (row["range"], min(row["absmax"]), max(row["absmax"])))
-    return *extremes, _spans(clipped) or "–"
+        return "", "", "", "", ""
+    triples = zip(ranges["steps"], row["absmax"], row["range"], strict=True)
+    clipped = [step for step, value, end in triples if value > end]
+    least, most = min(row["range"]), max(row["range"])
+    chosen = f"{least:.4g}" if least == most else f"{least:.4g} … {most:.4g}"
+    low, high = min(row["absmax"]), max(row["absmax"])
+    varies = f"{high / low:.1f}×" if low > 0 else ""
+    return chosen, f"{low:.4g}", f"{high:.4g}", varies, _spans(clipped) or "–"
 
 
 def _spans(steps: Sequence[int]) -> str:

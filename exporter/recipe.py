@@ -9,17 +9,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
+
 from engines.artifacts import digest_json
 from engines.errors import UserError, unknown
 from exporter import catalog, formats, methods, observers
 from exporter.formats import Format
-from exporter.modules import LayerFacts
+from exporter.specs import LayerFacts
 from exporter.tensors import GRANULARITIES, Granularity
 
 FOLDER = catalog.HERE / "recipes"
 MAX_RECIPE_BYTES = 1 << 20
 SCOPES = ("all", "blocks", "outside_blocks")
-TYPES = ("any", "conv", "linear")
+TYPES = ("any", "conv", "linear", "attention")
 RULE_KEYS = (
     "layers",
     "scope",
@@ -31,6 +33,7 @@ RULE_KEYS = (
     "split_skips",
     "deployable",
 )
+ACTIVATION_GRANULARITIES = ("tensor", "step")
 _FORMAT_KEYS = ("bits", "exponent_bits", "mantissa_bits")
 _CODEBOOK_KEYS = ("vector_size", "codebook_size")
 
@@ -55,11 +58,17 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """One static scale per tensor. `candidates`: the formats that the observer chooses from, by their error."""
+    """One static scale per tensor, or with granularity "step" one for every step of the sampler.
+
+    `zero_point`: an integer of its own beside each of those, for what has no middle at zero. `candidates`: the formats
+    that the observer chooses from, by their error.
+    """
 
     format: Format
     observer: str = "absmax"
     candidates: tuple[Format, ...] = ()
+    granularity: str = "tensor"
+    zero_point: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,8 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which layers, and how they are quantized; without `weight` they are kept.
+    """Which layers, and how they are quantized; without `weight` they are kept. Of type "attention": which attentions,
+    and how their products are: by `activation` alone.
 
     A layer must match all of `layers` (a shell pattern on module paths), `scope` (which part of the model), `type`,
     `grouped` (only convolutions in groups), `narrower_than` (fewer channels in or out, per group) and
@@ -93,13 +103,17 @@ class Rule:
     def matches(self, path: str, layer: LayerFacts, in_block: bool) -> bool:
         if self.scope != "all" and in_block != (self.scope == "blocks"):
             return False
-        if self.type != "any" and layer.conv != (self.type == "conv"):
+        if self.type == "attention" or (self.type != "any" and layer.conv != (self.type == "conv")):
             return False
         if (self.grouped and not layer.grouped) or (self.narrower_than and layer.channels >= self.narrower_than):
             return False
         if self.fewer_weights_than and layer.weights >= self.fewer_weights_than:
             return False
         return fnmatchcase(path, self.layers)
+
+    def matches_attention(self, path: str, in_block: bool) -> bool:
+        fits = self.scope == "all" or in_block == (self.scope == "blocks")
+        return self.type == "attention" and fits and fnmatchcase(path, self.layers)
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,18 @@ class Recipe:
         """sha256 of what the recipe says, whatever its file's name, order of keys or comments."""
         return digest_json(self.source)
 
-    def assign(self, layers: Mapping[str, LayerFacts], blocks: Collection[str]) -> dict[str, Rule]:
+    def products(self, attentions: Collection[str], blocks: Collection[str]) -> dict[str, ActivationSpec]:
+        """Returns how the products of attentions are quantized; one that no rule matches stays float."""
+        found = {}
+        for path in attentions:
+            rule = next((r for r in self.rules if r.matches_attention(path, _within(path, blocks))), None)
+            if rule is not None and rule.activation is not None:
+                found[path] = rule.activation
+        return found
+
+    def assign(
+        self, layers: Mapping[str, LayerFacts], blocks: Collection[str], attentions: Collection[str] = ()
+    ) -> dict[str, Rule]:
         """Returns each layer's first matching rule; a layer or a rule without a match is an error."""
         if not layers:
             raise UserError("the model has no Linear or Conv2d layer", fix="there is nothing to quantize in it")
@@ -136,7 +161,10 @@ class Recipe:
         for number, rule in enumerate(self.rules, 1):
             if rule.optional or any(rule.matches(p, layer, _within(p, blocks)) for p, layer in layers.items()):
                 continue
-            raise _matches_nothing(f"recipe {self.name!r}, rule {number}", rule, list(layers))
+            if any(rule.matches_attention(path, _within(path, blocks)) for path in attentions):
+                continue
+            known = list(attentions) if rule.type == "attention" and attentions else list(layers)
+            raise _matches_nothing(f"recipe {self.name!r}, rule {number}", rule, known)
         return cast(dict[str, Rule], assigned)
 
 
@@ -230,6 +258,8 @@ def _rule(table: Any, where: str) -> Rule:
     rule = Rule(**{key: table[key] for key in RULE_KEYS if key in table})
     if "keep" in table:
         return _keep(rule, table, where)
+    if rule.type == "attention":
+        return _products(rule, table, where)
     if "weight" not in table:
         raise UserError(f"{where}: says neither weight nor keep", fix='write weight = { … } or keep = "float"')
     weight = _weight(table["weight"], f"{where}, weight", rule.deployable)
@@ -249,6 +279,8 @@ def _rule(table: Any, where: str) -> Rule:
     activation = None
     if "activation" in table:
         activation = _activation(table["activation"], f"{where}, activation", rule.deployable)
+    if activation and activation.granularity == "step":
+        _check_stepped(method, where)
     if activation and weight.format.learned:
         if weight.granularity == "channel":
             raise UserError(
@@ -264,6 +296,28 @@ def _rule(table: Any, where: str) -> Rule:
     elif activation and rule.deployable:
         _check_pair(weight, activation, where)
     return replace(rule, weight=weight, activation=activation, method=method)
+
+
+def _products(rule: Rule, table: Mapping[str, Any], where: str) -> Rule:
+    extra = {"weight", "method", "split_skips", "grouped", "narrower_than", "fewer_weights_than"} & table.keys()
+    if extra or "activation" not in table:
+        found = f"says {min(extra)}" if extra else "says no activation"
+        raise UserError(f"{where}: is of attentions and {found}", fix="products have activations alone: write that")
+    activation = _activation(table["activation"], f"{where}, activation", rule.deployable)
+    if activation.zero_point or activation.candidates:
+        raise UserError(
+            f"{where}: products of two activations with zero points or open formats", fix="name a symmetric format"
+        )
+    return replace(rule, activation=activation)
+
+
+def _check_stepped(method: MethodSpec, where: str) -> None:
+    """Raises a UserError if a rule's method does not go with a scale for every step."""
+    if not methods.load(method.name).STEPS:
+        raise UserError(
+            f"{where}: method {method.name!r} knows one scale of an activation, and the rule asks for one by step",
+            fix='use granularity "tensor" for the activation, or the method dilatequant',
+        )
 
 
 def _check_pair(weight: WeightSpec, activation: ActivationSpec, where: str) -> None:
@@ -308,7 +362,7 @@ def _weight(table: Any, where: str, deployable: bool) -> WeightSpec:
 
 
 def _activation(table: Any, where: str, deployable: bool) -> ActivationSpec:
-    _known(table, ("format", "observer", *_FORMAT_KEYS), where)
+    _known(table, ("format", "observer", "granularity", "zero_point", *_FORMAT_KEYS), where)
     observer = table.get("observer", "absmax")
     if not isinstance(observer, str) or observer not in observers.OBSERVERS:
         raise unknown("observer", str(observer), observers.OBSERVERS, where)
@@ -326,13 +380,33 @@ def _activation(table: Any, where: str, deployable: bool) -> ActivationSpec:
             f"{where}: leaves the format open, and observer {observer!r} compares none", fix='write observer = "mse"'
         )
     fmt = candidates[0] if candidates else _format(table, where)
-    if deployable and (fmt.bits != 8 or fmt.kind not in ("int8", "fp8")):
+    integer = fmt.carrier == torch.int8
+    if deployable and not integer and fmt.kind != "fp8":
         raise UserError(
             f"{where}: no engine quantizes activations to {fmt.kind} of {fmt.bits} bits",
-            fix="use int with 8 bits, or fp with 4 exponent and 3 mantissa bits; or write deployable = false in the "
-            "rule, to study it",
+            fix="use int, or fp with 4 exponent and 3 mantissa bits; or write deployable = false in the rule, to study "
+            "it",
         )
-    return ActivationSpec(fmt, observer, candidates)
+    granularity = table.get("granularity", ACTIVATION_GRANULARITIES[0])
+    if granularity not in ACTIVATION_GRANULARITIES:
+        raise unknown("granularity", str(granularity), ACTIVATION_GRANULARITIES, where)
+    zero_point = table.get("zero_point", False)
+    if not isinstance(zero_point, bool):
+        raise UserError(
+            f"{where}: zero_point = {zero_point!r}", fix="write zero_point = true or false, or leave it out"
+        )
+    stepped = granularity == "step"
+    if stepped and (candidates or not integer):
+        raise UserError(
+            f"{where}: a scale for every step beside {fmt.kind}", fix="use int, whose bits the recipe names"
+        )
+    if stepped and observer not in observers.FITTING and observer != "absmax":
+        raise UserError(
+            f"{where}: observer {observer!r} has no ranges by step", fix='write observer = "mse" or "absmax"'
+        )
+    if zero_point and not stepped:
+        raise UserError(f"{where}: a zero point without a scale for every step", fix='write granularity = "step"')
+    return ActivationSpec(fmt, observer, candidates, granularity, zero_point)
 
 
 def _format(table: Mapping[str, Any], where: str) -> Format:

@@ -17,34 +17,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from calib_data.tensors import save_tensors, save_whole
+from calib_data.tensors import load_tensors, save_tensors, save_whole
+from engines.artifacts import Json, read_json, write_json
 from engines.errors import UserError
-from exporter import progress
+from exporter import progress, steps
 from exporter.models import Family
 from exporter.runners import TorchRunner
 from exporter.samples import Samples
 
 SAVE_SECONDS, SAVE_SHARE = 60.0, 0.05  # between two savings of what is being trained; of the time, what saving may take
+RECORD = "record.json"  # in a folder of training, beside its state
 OUTPUT = ""  # the path of the model itself, whose output is one more target where blocks are trained jointly
 Rows = dict[str, torch.Tensor]
 
 
 class Phase(ABC):
-    """What a method trains at a time, by Adam; the rates hold for half of the iterations, then fall to zero on a line.
+    """What a method trains at a time, by Adam; `name` says what."""
 
-    Held to the end, 8-bit rounding came out worse than it went in, by 0.6 dB of images on digits-dit: what differs
-    little flips to and fro with the batches. Falling from the start, 4-bit integers came out 0.6 dB worse than so.
-    """
-
+    name: str
     iterations: int
 
     @abstractmethod
     def groups(self) -> Sequence[tuple[Sequence[nn.Parameter], float]]:
         """Returns parameters in groups, each with the rate it starts at."""
+
+    def share_of_rate(self, done: float) -> float:
+        """Returns what is left of the rates when the share `done` is over: all for half of it, then a line to 0.
+
+        Held to the end, 8-bit rounding came out worse than it went in, by 0.6 dB of images on digits-dit: what differs
+        little flips to and fro with the batches. Falling from the start, 4-bit integers came out 0.6 dB worse than so.
+        """
+        return min(1.0, 2 * (1 - done))
 
     def regularizer(self, done: float) -> torch.Tensor | float:
         """Returns what is added to the relative error when the share `done` of the iterations is over."""
@@ -100,6 +106,11 @@ def forget(path: str, folder: Path) -> None:
 
 def _target(folder: Path, path: str, chunk: int) -> Path:
     return folder / path / f"target-{chunk:05d}.safetensors"
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a file of targets or calls."""
+    return load_tensors(path, f"remove {path.parent.parent}, and the same command records and trains anew")
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -161,8 +172,9 @@ class BlockCalls(Calls):
             self._leaves, self._spec = pytree.tree_flatten(call)
             rows = len(samples.chunks[number]["step"])
             tensors = {f"in{i}": leaf.contiguous() for i, leaf in enumerate(self._leaves) if _is_batched(leaf, rows)}
+            tensors["step"] = samples.chunks[number]["step"]
             self._batched = tensors.keys() & (tensors.keys() if self._batched is None else self._batched)
-            targets = load_file(_target(folder, block, number))
+            targets = _read(_target(folder, block, number))
             tensors |= {f"out{name}": target for name, target in targets.items()}
             held += sum(tensor.nbytes for tensor in tensors.values())
             if held > hold:
@@ -174,14 +186,15 @@ class BlockCalls(Calls):
 
     def read(self, chunk: int) -> Rows:
         held = self._held[chunk]
-        tensors = load_file(held) if isinstance(held, Path) else held
+        tensors = _read(held) if isinstance(held, Path) else held
         return {name: t for name, t in tensors.items() if name.startswith("out") or name in (self._batched or ())}
 
     def loss(self, rows: Rows) -> torch.Tensor:
         leaves = [rows.get(f"in{i}", leaf) for i, leaf in enumerate(self._leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         targets = [rows[f"out{i}"] for i in range(sum(name.startswith("out") for name in rows))]
-        return relative_error(self._block(*args, **kwargs), targets)
+        with steps.at(steps.Position(rows["step"])):
+            return relative_error(self._block(*args, **kwargs), targets)
 
 
 class ModelCalls(Calls):
@@ -199,7 +212,7 @@ class ModelCalls(Calls):
     def read(self, chunk: int) -> Rows:
         rows = {f"feed/{name}": value for name, value in self._samples.chunks[chunk].items()}
         for path in self._modules:
-            targets = load_file(_target(self._folder, path, chunk))
+            targets = _read(_target(self._folder, path, chunk))
             rows |= {f"{path}/{name}": target for name, target in targets.items()}
         return rows
 
@@ -272,11 +285,25 @@ def train(calls: Calls, phases: Sequence[Phase], batch: int, what: str, folder: 
         if number > saved.phase or saved.before is None:
             saved.begin(number, parameters, calls.error())
         phase.train(True)
-        _iterate(calls, phase, batch, what, saved)
+        _iterate(calls, phase, batch, f"{what}: {phase.name}", saved)
         phase.train(False)
-        if not calls.error() <= saved.error:  # NaN is no gain
+        error = calls.error()
+        kept = error <= saved.error  # NaN is no gain
+        if not kept:
             _set(parameters, saved.before or [])
+        found = {"iterations": phase.iterations, "error_before": saved.error, "error_after": error, "kept": kept}
+        _note(folder, phase.name, found)
     saved.remove()
+
+
+def _note(folder: Path, phase: str, found: Json) -> None:
+    write_json(folder / RECORD, (record_of(folder) or {}) | {phase: found})
+
+
+def record_of(folder: Path) -> Json | None:
+    """Returns, by phase, what training in a folder came to: the errors it is judged by, and whether it was kept."""
+    path = folder / RECORD
+    return read_json(path) if path.exists() else None
 
 
 def _parameters(phase: Phase) -> list[nn.Parameter]:
@@ -294,15 +321,23 @@ def _iterate(calls: Calls, phase: Phase, batch: int, what: str, saved: _Saved) -
     groups = [(list(group), rate) for group, rate in phase.groups() if group]
     optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups], fused=True)
     first = saved.restore(optimizer, generator)
+    if first:
+        progress.note(f"{what}: goes on from iteration {first} of {phase.iterations}, where it was stopped")
     for iteration in progress.track(range(first, phase.iterations), phase.iterations, what, done=first):
         for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = rate * min(1.0, 2 * (1 - iteration / phase.iterations))
+            group["lr"] = rate * phase.share_of_rate(iteration / phase.iterations)
         optimizer.zero_grad()
         parts = list(calls.batch(batch, generator))
         for number, part in enumerate(parts, 1):
             loss = calls.loss(part) / len(parts)
             if number == len(parts):
                 loss = loss + phase.regularizer(iteration / phase.iterations)
+            if not loss.isfinite():
+                raise UserError(
+                    f"{what}: the loss is {loss.item()} at iteration {iteration + 1} of {phase.iterations}",
+                    fix="lower the method's rates; the same recipe, given again, goes on from what was trained before",
+                    keeps=True,
+                )
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         phase.settle()
@@ -318,7 +353,8 @@ class _Saved:
         self._all = list(dict.fromkeys(p for phase in phases for p in _parameters(phase)))
         self.phase, self.error = 0, float("inf")
         self.before: list[torch.Tensor] | None = None
-        self._state: dict[str, torch.Tensor] = load_file(path) if path.exists() else {}
+        fix = f"remove it, and the same command trains {path.parent.name} anew"
+        self._state: dict[str, torch.Tensor] = load_tensors(path, fix) if path.exists() else {}
         if self._state:
             self.phase, self.error = int(self._state["phase"]), float(self._state["error"])
             _set(self._all, self._list("parameter"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -61,6 +61,8 @@ def print_report(report: Json) -> None:
         f"({weights['bytes'] / model['float_weight_bytes']:.2f} × fp16)",
         soft_wrap=True,
     )
+    for line in method_lines(report["recipe"]["methods"], report["training"]):
+        console.print(line, soft_wrap=True)
     console.print(_table(report))
     console.print(_images_table(report["accuracy"]["images"]))
     if line := _images_line(report["accuracy"]["images"]):
@@ -79,6 +81,20 @@ def print_report(report: Json) -> None:
         )
     passed = sum(check["passed"] for check in report["checks"])
     console.print(f"checks: {passed} of {len(report['checks'])} passed")
+
+
+def method_lines(methods: Sequence[Json], training: Mapping[str, Json]) -> list[str]:
+    """Returns what quantized the weights, and what training came to where there was any."""
+    found = [", ".join(f"{one['name']} ({one['layers']} layers)" for one in methods)]
+    for phase in dict.fromkeys(name for record in training.values() for name in record):
+        rows = [record[phase] for record in training.values() if phase in record]
+        before, after = (sum(row[f"error_{when}"] for row in rows) / len(rows) for when in ("before", "after"))
+        kept = sum(row["kept"] for row in rows)
+        found.append(
+            f"training of {phase}: relative error {before:.3g} → {after:.3g} on trajectories kept apart, "
+            f"kept in {kept} of {len(rows)}"
+        )
+    return found
 
 
 def _table(report: Json) -> Table:

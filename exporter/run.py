@@ -54,6 +54,8 @@ def run(
 
     `prompts` are the user's own for calibration; `calibration` is a set to use again, as another recipe's run left it.
     """
+    if decode is not None and not any(backends.load(name).DECODES for name in backend_names):
+        backends.resolve_decode(backend_names[0], decode)  # which refuses it
     targets = [_target(name, gpu, dtype, decode) for name in dict.fromkeys(backend_names)]
     preflight(checkpoint, recipe, targets)
     with locked(out):
@@ -94,12 +96,20 @@ def _calibration(
     }
     if given is None:
         return _stage("calibrate", calibrate, checkpoint, out / "calibration", **wanted)
-    artifacts.open_artifact(given, "calibration")
-    found = artifacts.current(given, request_for(checkpoint, **wanted))
+    request = request_for(checkpoint, **wanted)
+    theirs = artifacts.open_artifact(given, "calibration").manifest
+    found = artifacts.current(given, request)
     if found is None:
+        ours = request.to_json()
+        other = [
+            f"{key} {theirs['settings'].get(key)} against {value}"
+            for key, value in ours["settings"].items()
+            if theirs["settings"].get(key) != value
+        ]
+        other += ["another model, or another sampler"] * (theirs["made_from"] != ours["made_from"])
+        other += ["other versions of the program or of libraries"] * (theirs["versions"] != ours["versions"])
         raise UserError(
-            f"{given}: was recorded for another model, other captions, or another number of samples or steps than "
-            f"recipe {recipe.name!r} asks for",
+            f"{given}: is not what recipe {recipe.name!r} asks for: {'; '.join(other)}",
             fix="leave out --calibration, and a set is recorded",
         )
     progress.note(f"calibrate: {given} is used again")

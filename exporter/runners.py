@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from engines.runner import Feeds
+from exporter import steps
 from exporter.models import Family
-from exporter.modules import StepContext
 
 
 class WideSums(TorchFunctionMode):
@@ -48,7 +48,7 @@ def in_chunks(run: Callable[[Any], Mapping[str, Any]], feeds: Mapping[str, Any],
 
 
 class TorchRunner:
-    """Runs a denoiser in `dtype` on the CPU; `steps` carries the feeds' `step` to quantizers that want it."""
+    """Runs a denoiser in `dtype` on the CPU; quantizers that want it are told the feeds' `step`."""
 
     def __init__(
         self,
@@ -57,7 +57,6 @@ class TorchRunner:
         family: Family,
         *,
         dtype: torch.dtype = torch.float32,
-        steps: StepContext | None = None,
     ) -> None:
         self.name = name
         self._model, self.family = model, family
@@ -66,7 +65,6 @@ class TorchRunner:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         types = {"float": dtype, "fp32": wide, "int64": torch.int64}
         self._types = {spec.name: types[spec.dtype] for spec in family.inputs()}
-        self._steps = steps or StepContext()
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         return {n: t.float().numpy() for n, t in self.run_tensors(feeds).items()}
@@ -80,6 +78,6 @@ class TorchRunner:
         """Runs as `run_tensors` does, and keeps what gradients need."""
         tensors = {n: torch.as_tensor(v) for n, v in feeds.items() if n != "step"}
         tensors = {n: t.to(self._types.get(n, t.dtype)) for n, t in tensors.items()}
-        step = torch.as_tensor(feeds["step"]) if "step" in feeds else None
-        with self._steps.at(step), WideSums():
+        position = steps.Position(torch.as_tensor(feeds["step"])) if "step" in feeds else None
+        with steps.at(position), WideSums():
             return self.family.call(self._model, tensors)

@@ -40,11 +40,19 @@ def apply(model: nn.Module, folds: Sequence[Fold], factors: Factors) -> list[str
                 multiply_input(float_layer(model, paths), multiplier)
                 explicit.append(paths)
             for path in paths.split("+"):
-                weight = float_layer(model, path).weight
-                weight.mul_(factor.reshape(1, -1, *[1] * (weight.ndim - 2)))
+                layer = float_layer(model, path)
+                # a convolution in groups has its own inputs for each part of its outputs
+                groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+                parts = layer.weight.view(groups, -1, *layer.weight.shape[1:])
+                parts.mul_(factor.reshape(groups, 1, -1, *[1] * (layer.weight.ndim - 2)))
             if fold is not None:
                 fold.divide(model, factor)
     return explicit
+
+
+def summary(factor: torch.Tensor) -> dict[str, float]:
+    """Returns the share of channels that a factor changes, and its median."""
+    return {"changed": float((factor != 1).float().mean()), "median": float(factor.median())}
 
 
 def save(factors: Factors, folder: Path) -> None:

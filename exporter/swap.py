@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from calib_data.store import CalibrationSet
-from calib_data.tensors import save_whole
+from calib_data.tensors import load_tensors, save_whole
+from engines.artifacts import Json
 from engines.errors import UserError
 from exporter import progress, reconstruct
+from exporter.attention import quantize_points
 from exporter.models import Family
-from exporter.modules import LayerSpec, channel_axis, float_layer, oriented, put, quantized_layer
+from exporter.modules import SteppedLayer, float_layer, put, quantized_layer
 from exporter.plan import Plan
 from exporter.samples import CHUNK, Samples
+from exporter.specs import LayerSpec, channel_axis, oriented
 from exporter.tensors import CodebookTensor, QuantizedTensor
 
 CHOICE = "weight_choice"  # beside a layer's buffers: which of the formats to choose from
@@ -33,17 +35,18 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Start:
-    """What quantization starts from: weights that were chosen by their inputs, and the scales of activations."""
+    """What quantization starts from: weights that were chosen by their inputs, and what quantizers of inputs hold."""
 
     weights: dict[str, QuantizedTensor | CodebookTensor]
-    scales: Mapping[str, torch.Tensor]
+    activations: Mapping[str, State]
 
     def weight(self, model: nn.Module, path: str, plan: Plan) -> QuantizedTensor | CodebookTensor:
         return self.weights[path] if path in self.weights else quantize_weight(model, path, plan)
 
     def state(self, path: str, tensor: QuantizedTensor | CodebookTensor) -> State:
         """Returns the buffers of the quantized layer."""
-        return tensor.buffers() | ({"activation_scale": self.scales[path]} if path in self.scales else {})
+        own = {name: value.clone() for name, value in self.activations.get(path, {}).items()}  # readers share them
+        return tensor.buffers() | own
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Scope:
     paths: Sequence[str]
     method: Any
     options: Any
+    points: Sequence[str] = ()  # of the attentions in it, where the method trains them
 
 
 def quantize_weight(
@@ -81,6 +85,11 @@ class Training:
     samples: Samples | None
     folder: Path
 
+    def record(self) -> dict[str, Json]:
+        """Returns what training came to, by scope and phase."""
+        found = {scope.name: reconstruct.record_of(self.folder / scope.name) for scope in self.scopes}
+        return {name: record for name, record in found.items() if record is not None}
+
 
 def prepare(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet, folder: Path) -> Training:
     """Records the float model's outputs for all that is trained: first, since disk and rules may fall short there."""
@@ -91,7 +100,10 @@ def prepare(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet, 
 def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, training: Training) -> Plan:
     """Swaps float layers for quantized ones, those that train last; returns the plan with the chosen formats."""
     work = training.folder
-    inside = {path for scope in training.scopes for path in scope.paths}
+    inside = {path for scope in training.scopes for path in (*scope.paths, *scope.points)}
+    for path in plan.points:
+        if path not in inside:
+            _put_point(model, path, plan, start.activations[path])
     specs = {}
     rest = [path for path in plan.specs if path not in inside]
     for path in progress.track(rest, len(rest), "quantizing (layers)"):  # float weights go as the codes come
@@ -102,11 +114,13 @@ def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, trai
         folder = work / scope.name
         if not (folder / DONE).exists():  # a kill left it, whole
             save_whole(_trained(model, family, scope, plan, start, training), folder / DONE)
-        state = load_file(folder / DONE)
+        state = load_tensors(folder / DONE, f"remove it, and the same command trains {scope.name} anew")
         for path in scope.paths:
             leaves = {name.removeprefix(f"{path}."): t for name, t in state.items() if name.startswith(f"{path}.")}
             specs[path] = replace(plan.specs[path], weight=plan.choices(path)[int(leaves.pop(CHOICE))])
             _put_quantized(model, path, specs[path], leaves)
+        for path in scope.points:
+            _put_point(model, path, plan, {"activation_scale": state[f"{path}.activation_scale"]})
         for block in scope.blocks:
             reconstruct.forget(block, work)
     return replace(plan, specs={path: specs[path] for path in plan.specs})
@@ -133,9 +147,16 @@ def _scopes(model: nn.Module, family: Family, plan: Plan) -> Iterator[Scope]:
     joint = [block for block, (_, options) in trained.items() if options.joint]
     if len({trained[block] for block in joint}) > 1:
         raise UserError("two rules train blocks jointly, each with options of its own", fix="use one")
+
+    def scope(name: str, members: Sequence[str]) -> Scope:
+        method, options = trained[members[0]]
+        points = [path for path in plan.products if any(path.startswith(f"{block}.") for block in members)]
+        paths = [path for block in members for path in blocks[block]]
+        return Scope(name, members, paths, method, options, points if method.POINTS else [])
+
     if joint:
-        yield Scope("jointly", joint, [path for block in joint for path in blocks[block]], *trained[joint[0]])
-    yield from (Scope(block, [block], paths, *trained[block]) for block, paths in blocks.items() if block not in joint)
+        yield scope("jointly", joint)
+    yield from (scope(block, [block]) for block in blocks if block not in joint)
 
 
 def _record(
@@ -164,13 +185,16 @@ def _trained(model: nn.Module, family: Family, scope: Scope, plan: Plan, start: 
     learners: dict[str, Any] = {}
     state: dict[str, State] = {}
     chosen: dict[str, torch.Tensor] = {}
+    points = {path: scope.method.point(plan.points[path], start.activations[path]) for path in scope.points}
+    for path, point in points.items():
+        put(model, path, point)
     for path in progress.track(scope.paths, len(scope.paths), "choosing codes (layers)"):
         tensor = start.weight(model, path, plan)
         spec = replace(plan.specs[path], weight=tensor.format)
         chosen[path] = torch.tensor(plan.choices(path).index(tensor.format))
         method, options = plan.method(path)
         if method.TRAINS:
-            learners[path] = method.layer(sources[path], spec, tensor, start.scales.get(path), options)
+            learners[path] = method.layer(sources[path], spec, tensor, start.activations.get(path, {}), options)
             put(model, path, learners[path])
         else:
             state[path] = start.state(path, tensor)
@@ -182,13 +206,19 @@ def _trained(model: nn.Module, family: Family, scope: Scope, plan: Plan, start: 
     else:
         hold = scope.options.hold_mb << 20
         calls = reconstruct.BlockCalls(model, family, scope.blocks[0], samples, work, hold=hold)
-    phases = scope.method.phases(list(learners.values()), scope.options)
+    phases = scope.method.phases([*learners.values(), *points.values()], scope.options)
     reconstruct.train(calls, phases, scope.options.batch, f"training {scope.name}", work / scope.name)
     state |= {path: learner.state() for path, learner in learners.items()}
     for path, source in sources.items():
         put(model, path, source)
+    state |= {path: point.state() for path, point in points.items()}
     found = {f"{path}.{leaf}": tensor for path, leaves in state.items() for leaf, tensor in leaves.items()}
     return found | {f"{path}.{CHOICE}": number for path, number in chosen.items()}
+
+
+def _put_point(model: nn.Module, path: str, plan: Plan, state: State) -> None:
+    quantize_points(model, {path: plan.points[path]})
+    model.get_submodule(path).activation_scale = state["activation_scale"].clone()  # readers share it
 
 
 def _put_quantized(model: nn.Module, path: str, spec: LayerSpec, state: State) -> None:
@@ -197,6 +227,8 @@ def _put_quantized(model: nn.Module, path: str, spec: LayerSpec, state: State) -
     if "bias" in state:
         layer.bias = nn.Parameter(state.pop("bias"), requires_grad=False)
     layer._buffers |= state
+    if isinstance(layer, SteppedLayer):
+        layer.sum_shift()
     if spec.multiplied:
         layer.input_multiplier = source.get_buffer("input_multiplier")
     put(model, path, layer)

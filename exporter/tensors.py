@@ -115,11 +115,15 @@ def scale_for(range_: torch.Tensor, fmt: Format) -> torch.Tensor:
     Rounding up keeps the range's end representable. Below fp16's smallest normal (6.1e-5) the steps widen, but stay
     exact: the codes are computed with the very scale that ships.
     """
-    scale = (range_.double() / fmt.max_value).clamp(max=65504.0)
+    return torch.where(range_ > 0, rounded_up(range_.double() / fmt.max_value), torch.ones(()))
+
+
+def rounded_up(scale: torch.Tensor) -> torch.Tensor:
+    """Returns positive numbers, fp64, as the next fp16 ones, at most the largest; in fp32."""
+    scale = scale.clamp(max=65504.0)
     half = scale.to(torch.float16)
     up = torch.nextafter(half, torch.full_like(half, torch.inf))
-    half = torch.where(half.double() < scale, up, half).clamp(max=65504.0)
-    return torch.where(range_ > 0, half.float(), torch.ones_like(half, dtype=torch.float32))
+    return torch.where(half.double() < scale, up, half).clamp(max=65504.0).float()
 
 
 def quantize(

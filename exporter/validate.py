@@ -59,6 +59,7 @@ def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -
             key: run.quantized.info["model"][key] for key in ("name", "class", "parameters", "float_weight_bytes")
         },
         "recipe": run.quantized.info["recipe"],
+        "training": run.quantized.info["training"],
         "weights": run.quantized.info["weights"],
         "engines": [engine_row(name, engine, folder, refusals) for name, engine in run.engines.items()],
         "accuracy": {"lowering": lowering, "per_step": per_step, "trajectory": trajectories, "images": scores},
@@ -75,7 +76,7 @@ def open_runners(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
         module = backends.load(name)
         reason = module.cannot_run()
         if reason is None:
-            runners[name] = module.open_runner(engine)
+            runners[name] = backends.open_runner(engine)
         else:
             refusals[name] = reason
             progress.note(f"{name}: built, not run: {reason}")

@@ -90,7 +90,7 @@ def assert_other_sizes_agree(runner, run, checkpoint, rounds):
     """The same at the least size of every dynamic axis, with three rows: the graph was traced at another."""
     found = checkpoint.family
     sizes = {name: axis.min for name, axis in found.axes().items()} | {"batch": 3}
-    feeds = feeds_of(found, sizes)
+    feeds = feeds_of(found, sizes) | {"step": torch.arange(3) % 2}
     model = quantized.load(run.quantized)
     outputs = {}
     for name, dtype in (("quantized", torch.float32), ("quantized_fp64", torch.float64)):

@@ -199,8 +199,8 @@ def test_own_labels_are_calibrated_on(tiny_folder, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--samples", 3), ("another number of samples", "--calibration")),
-        (("--samples", 2, "--seed", 1), ("was recorded for", "--calibration")),
+        (("--samples", 3), ("samples 3 against 2", "--calibration")),
+        (("--samples", 2, "--seed", 1), ("seed 1 against 0", "--calibration")),
     ],
     ids=["samples", "seed"],
 )

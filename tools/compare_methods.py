@@ -15,7 +15,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import nn
 
 from engines.artifacts import Artifact, Json, digest_json, read_json, write_json
 from engines.errors import UserError
-from exporter import formats, metrics, modules, moments, observers, quantized, recipe, tasks
+from exporter import formats, metrics, modules, moments, observers, quantized, recipe, specs, tasks
 from exporter import quantize as quantizing
 from exporter.calibrate import calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
@@ -40,6 +40,7 @@ from exporter.progress import note
 from exporter.recipe import Recipe, WeightSpec
 from exporter.runners import TorchRunner
 from exporter.sampling import sample
+from exporter.watch import watch_inputs
 
 # Images of every cell, and of those that the bars ask more of: a task score in points needs more than a PSNR does.
 IMAGES = {"digits-dit": (512, 2000), "shapes-unet": (256, 512)}
@@ -77,6 +78,35 @@ class Setting:
     deployable: bool = True
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A method of a table: our method, its options, and how activations are observed."""
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    activation: Mapping[str, Any] = field(default_factory=lambda: {"observer": "mse"})
+
+
+BY_STEP = {"observer": "mse", "granularity": "step"}
+METHODS = {
+    "rtn": Variant("rtn"),
+    "search": Variant("fp_search"),
+    "learned": Variant("fp_rounding"),
+    **{name: Variant(name) for name in CODEBOOKS},
+    # of DilateQuant and what it is held against; all weights but min-max's and SmoothQuant's start from one search
+    "min-max": Variant("rtn", activation={"observer": "absmax"}),
+    "one-scale": Variant("fp_search"),
+    "smoothquant": Variant("smoothquant"),
+    "q-diffusion": Variant("fp_rounding"),
+    "by-step": Variant("fp_search", activation=BY_STEP),
+    "dilated": Variant("dilatequant", {"iterations": 0}),
+    "dilated-by-step": Variant("dilatequant", {"iterations": 0}, BY_STEP),
+    "distilled": Variant("dilatequant", {"dilate": False}),
+    "dilatequant": Variant("dilatequant", {}, BY_STEP),
+}
+DILATE = ("min-max", "one-scale", "smoothquant", "q-diffusion", "by-step", "dilated", "dilated-by-step")
+DILATE += ("distilled", "dilatequant")
+
 SETTINGS = {
     "int8-int8": Setting(INT8, INT8, recipe="fp8"),
     "fp8-fp8": Setting(E4M3, E4M3, recipe="fp8"),
@@ -89,9 +119,12 @@ SETTINGS = {
     "any4-any4": Setting(open_split(4), open_split(4), ("search",), ("channel",), deployable=False),
     "vq2": Setting(codebook(4, 256), None, CODEBOOKS, recipe="vq-2bit"),
     "vq3": Setting(codebook(2, 64), None, CODEBOOKS, recipe="vq-3bit"),
+    "w8a8": Setting(INT8, INT8, DILATE, ("channel",), "dilate-w8a8"),
+    "w4a8": Setting(INT4, INT8, DILATE, ("channel",), "dilate-w4a8"),
+    "w4a4": Setting(INT4, INT4, DILATE, ("channel",), "dilate-w4a4"),
     "vq2-fp8": Setting(codebook(4, 256), E4M3, ("kmeans", "vq4dit"), ("tensor",), "vq-2bit-fp8"),
 }
-METHODS = {"rtn": "rtn", "search": "fp_search", "learned": "fp_rounding"} | {name: name for name in CODEBOOKS}
+
 GRANULARITIES = ("channel", "tensor")
 
 
@@ -144,11 +177,22 @@ def recipe_of(cell: Cell, job: Job) -> Recipe:
     source = recipe.load(setting.recipe).source
     rule: dict[str, Any] = {"layers": "*", "split_skips": True, "deployable": setting.deployable}
     rule |= {"weight": {**setting.weight, "granularity": cell.granularity}}
+    variant = METHODS[cell.method]
     if setting.activation:
-        rule |= {"activation": {**setting.activation, "observer": "mse"}}
-    rule |= {"method": {"name": METHODS[cell.method], **(job.options if cell.method == "learned" else {})}}
+        rule |= {"activation": {**setting.activation, **variant.activation}}
+    given = job.options if cell.method == "learned" else {}
+    rule |= {"method": {"name": variant.method, **variant.options, **given}}
+    others = [as_observed(one, variant) for one in source["rule"][:-1]]
     calibration = {"samples": job.samples} | source.get("calibration", {})
-    return recipe.parse(cell.name, {"calibration": calibration, "rule": [*source["rule"][:-1], rule]})
+    return recipe.parse(cell.name, {"calibration": calibration, "rule": [*others, rule]})
+
+
+def as_observed(rule: Mapping[str, Any], variant: Variant) -> Mapping[str, Any]:
+    """Returns a shipped rule of attentions, whose activations are observed as all others in the cell."""
+    if rule.get("type") != "attention":
+        return rule
+    kept = {key: value for key, value in rule["activation"].items() if key not in ("observer", "granularity")}
+    return {**rule, "activation": kept | variant.activation}
 
 
 def request_of(cell: Cell, job: Job, checkpoint: Checkpoint) -> Json:
@@ -330,7 +374,7 @@ def grids(model: str, job: Job) -> Json:
     rows = {path: {"layer": path, **weight_tails(modules.float_layer(net, path))} for path in paths}
     for group in moments.groups(net, [path for path in paths if moments.width(net, path)]):
         seen = moments.Moments(net, group)
-        quantizing.watch_inputs(net, family, group, data, seen.see, "inputs' second moments")
+        watch_inputs(net, family, group, data, seen.see, "inputs' second moments")
         for path in group:
             rows[path] |= grid_errors(modules.float_layer(net, path), plan.specs[path], seen.mean(path))
     for path, row in input_errors(net, family, paths, data).items():
@@ -338,7 +382,7 @@ def grids(model: str, job: Job) -> Json:
     return {"request": shared_request(checkpoint, job), "layers": list(rows.values())}
 
 
-def weight_tails(layer: modules.FloatLayer) -> Json:
+def weight_tails(layer: specs.FloatLayer) -> Json:
     """Returns the kurtosis (3 for a normal distribution) of a weight as a whole, and the mean of its channels' own."""
     weight = layer.weight.detach().double().flatten(1)
     return {"kurtosis": {"tensor": kurtosis(weight.flatten()[None]), "channel": kurtosis(weight)}}
@@ -357,12 +401,12 @@ GRIDS = {"int4": ("int", {"bits": 4}), "int8": ("int", {"bits": 8})} | {
 }
 
 
-def grid_errors(layer: modules.FloatLayer, spec: modules.LayerSpec, second: torch.Tensor) -> Json:
+def grid_errors(layer: specs.FloatLayer, spec: specs.LayerSpec, second: torch.Tensor) -> Json:
     """Returns the output's SQNR, dB, of the weight's best ranges on every grid."""
     found: Json = {"weight_db": {}}
     for granularity in GRANULARITIES:
         of = replace(spec, granularity=granularity)
-        weight, axis = modules.oriented(layer, of), modules.channel_axis(layer, of)
+        weight, axis = specs.oriented(layer, of), specs.channel_axis(layer, of)
         signal = float(fp_search.part_errors(weight, WeightSpec(spec.weight, "tensor"), axis, second))
         errors = {}
         for name, (kind, options) in GRIDS.items():
@@ -381,7 +425,7 @@ def db(signal: float, noise: float) -> float | None:
 def input_errors(net: nn.Module, family: Any, paths: Sequence[str], data: Any) -> dict[str, Json]:
     """Returns each input's SQNR, dB, at its best static range in INT8 and in E4M3, and its kurtosis about zero."""
     seen = {path: observers.Mse() for path in paths}
-    quantizing.watch_inputs(net, family, paths, data, lambda path, x, steps: seen[path].update(x), "inputs")
+    watch_inputs(net, family, paths, data, lambda path, x, steps: seen[path].update(x), "inputs")
     found = {}
     for path, observer in seen.items():
         histogram = observer.histogram

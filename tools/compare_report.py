@@ -14,7 +14,8 @@ from engines.artifacts import Json, read_json
 
 BEGIN, END = "<!-- compare_methods: begin -->", "<!-- compare_methods: end -->"
 SHARED = ("model", "seed", "samples", "images", "torch", "diffusers")  # of requests: alike in one table
-ORDER = ("rtn", "search", "learned", "uniform", "kmeans", "gptvq", "vq4dit")
+ORDER = ("rtn", "search", "learned", "uniform", "kmeans", "gptvq", "vq4dit", "min-max", "one-scale", "smoothquant")
+ORDER += ("q-diffusion", "by-step", "dilated", "dilated-by-step", "distilled", "dilatequant")
 NAMES = {
     "int8-int8": "INT8 / INT8",
     "fp8-fp8": "FP8 / FP8 (E4M3)",
@@ -28,6 +29,9 @@ NAMES = {
     "vq2": "2-bit codebook (256 × 4) / float",
     "vq3": "3-bit codebook (64 × 2) / float",
     "vq2-fp8": "2-bit codebook (256 × 4) / FP8",
+    "w8a8": "W8A8, attention INT8",
+    "w4a8": "W4A8, attention INT8",
+    "w4a4": "W4A4, attention INT8",
 }
 MARKERS = {
     "rtn": "o",
@@ -38,6 +42,15 @@ MARKERS = {
     "kmeans": "s",
     "gptvq": "D",
     "vq4dit": "^",
+    "min-max": "o",
+    "one-scale": "s",
+    "smoothquant": "P",
+    "q-diffusion": "D",
+    "by-step": "<",
+    "dilated": ">",
+    "dilated-by-step": "v",
+    "distilled": "X",
+    "dilatequant": "^",
 }
 
 
@@ -152,7 +165,34 @@ def claims(found: Mapping[str, Json]) -> list[str]:
             if name.endswith(f".{granularity}.{m}")
         }
         told += [f"{text} ({granularity} ranges)" for text in _claims(cells)]
-    return told + [line for setting in BARS for line in _codebook_claims(found, setting)]
+    told += [line for setting in BARS for line in _codebook_claims(found, setting)]
+    return told + [line for setting in ("w8a8", "w4a8", "w4a4") for line in _dilate_claims(found, setting)]
+
+
+def _dilate_claims(found: Mapping[str, Json], setting: str) -> list[str]:
+    """Returns how DilateQuant does against each other way, and what its parts alone add."""
+    prefix = f"{setting}.channel."
+    rows = {name.removeprefix(prefix): cell["psnr_db"] for name, cell in found.items() if name.startswith(prefix)}
+    ours = rows.pop("dilatequant", None)
+    if ours is None:
+        return []
+    best = max(rows, key=lambda name: rows[name]["value"], default=None)
+    told = []
+    if best is not None:
+        ahead, intervals = ours["value"] - rows[best]["value"], apart(ours, rows[best])
+        told.append(
+            f"{holds(ahead >= 0 or intervals == 'overlap')}: {setting} dilatequant {ours['value']:.1f} dB, best or "
+            f"within its interval of best ({best}, {ahead:+.2f} dB, the intervals {intervals})"
+        )
+    if "one-scale" in rows:
+        start = rows["one-scale"]
+        told += [
+            f"{setting} {name} against one scale: {rows[name]['value'] - start['value']:+.2f} dB, the intervals "
+            f"{apart(rows[name], start)}"
+            for name in ("by-step", "dilated", "dilated-by-step", "distilled")
+            if name in rows
+        ]
+    return told
 
 
 # What the issue of codebooks asks of VQ4DiT: PSNR, dB, and gain over k-means, dB; task score lost, points.

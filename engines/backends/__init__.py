@@ -11,6 +11,7 @@ from typing import Protocol, cast
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError, unknown
 from engines.runner import Runner
+from engines.schedule import with_steps
 
 Layers = Mapping[str, Mapping[str, str | None]]  # path → its types: weight, activation
 
@@ -69,3 +70,8 @@ def load(name: str) -> Backend:
     if name not in names():
         raise unknown("backend", name, names())
     return cast(Backend, importlib.import_module(f"engines.backends.{name.replace('-', '_')}"))
+
+
+def open_runner(engine: Artifact, threads: int = 0) -> Runner:
+    """Opens an engine with its backend; where it wants the `step` of every row, that is checked."""
+    return with_steps(load(engine.info["backend"]).open_runner(engine, threads), engine.info["graph"], engine)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines import artifacts
+from engines import artifacts, schedule
 from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError, unknown
 from exporter.versions import versions
@@ -14,33 +14,50 @@ from exporter.versions import versions
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from exporter.models import TensorSpec
+    from exporter.step_table import StepTable
+
 DTYPES = ("fp16", "fp32")
+STEP_INPUTS = ("index", "row")
 EXTERNAL_BYTES = 256 << 20  # weights beyond this go beside the graph: protobuf ends at 2 GB, and loaders read it whole
 
 
-def lower(source: Artifact, out: Path, *, dtype: str = "fp32") -> Artifact:
-    """Lowers a quantized model to a graph whose float type is `dtype`."""
+def lower(source: Artifact, out: Path, *, dtype: str = "fp32", step_input: str = "index") -> Artifact:
+    """Lowers a quantized model to a graph whose float type is `dtype`.
+
+    Where activations have a scale for every step, the graph is told the `step` of every row, or with `step_input`
+    "row" what the table holds for it, `step_row`.
+    """
     check_dtype(dtype)
+    if step_input not in STEP_INPUTS:
+        raise unknown("step input", step_input, STEP_INPUTS)
     check_deployable(source.info["layers"], str(source.path))
     libraries = versions("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
-    request = Request("graph", {"quantized": source.digest}, {"dtype": dtype}, libraries)
+    request = Request("graph", {"quantized": source.digest}, {"dtype": dtype, "step_input": step_input}, libraries)
     if (made := artifacts.current(out, request)) is not None:
         return made
+    import numpy as np
+
     from engines.backends.ort import link_or_copy
     from exporter import quantized
     from exporter.lower.check import check_graph
-    from exporter.lower.trace import trace
+    from exporter.lower.trace import inputs_of, trace
+    from exporter.step_table import step_table
 
-    specs = quantized.specs(source)
+    specs, table = quantized.specs(source), step_table(source)
+    inputs = inputs_of(quantized.family(source), table, step_input)
     with artifacts.drafting(out, request) as draft:
-        graph = _run_passes(trace(source, dtype), source)
+        graph = _run_passes(trace(source, dtype, table, step_input), source, inputs, table)
         write(graph, draft.path / "model.onnx")
         shapes = {
             path: layer.weight_shape for path, layer in quantized.quantized_layers(quantized.skeleton(source)).items()
         }
         found, modules = check_graph(draft.path / "model.onnx", specs, shapes)
         link_or_copy(source.file(quantized.REFERENCE), draft.path / quantized.REFERENCE)
-        draft.info = _info(source, dtype, found) | {"module_bytes": modules}
+        if table is not None:
+            np.save(draft.path / schedule.FILE, table.values.numpy())
+        draft.info = _info(source, dtype, inputs, found) | {"module_bytes": modules}
+        draft.info["step_input"] = step_input if table is not None else None
     return artifacts.open_artifact(out, "graph")
 
 
@@ -60,7 +77,7 @@ def check_dtype(dtype: str) -> None:
         raise unknown("dtype", dtype, DTYPES)
 
 
-def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:
+def _run_passes(model: ir.Model, source: Artifact, inputs: Sequence[TensorSpec], table: StepTable | None) -> ir.Model:
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -76,9 +93,9 @@ def _run_passes(model: ir.Model, source: Artifact) -> ir.Model:
     family = quantized.family(source)
     passes = ir.passes.Sequential(
         FoldConstants(),
-        NameAfterModules(PREFIX, family.inputs(), family.output()),
+        NameAfterModules(PREFIX, inputs, family.output()),
         common.RemoveUnusedNodesPass(),
-        AttachWeights(quantized.StoredTensors(source), quantized.specs(source)),
+        AttachWeights(quantized.StoredTensors(source), quantized.specs(source), table),
         ShareInitializers(),
         AttachZeroPoints(),
         AttachFunctions(),
@@ -102,23 +119,24 @@ def write(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if total > EXTERNAL_BYTES else None)
 
 
-def _info(source: Artifact, dtype: str, found: Mapping[str, int]) -> Json:
+def _info(source: Artifact, dtype: str, inputs: Sequence[TensorSpec], found: Mapping[str, int]) -> Json:
     from exporter import quantized
     from exporter.lower.trace import IR_VERSION, OPSET
 
     family, info = quantized.family(source), source.info
-    inputs = [
+    entries = [
         {"name": spec.name, "dtype": dtype if spec.dtype == "float" else spec.dtype, "shape": list(spec.shape)}
-        for spec in family.inputs()
+        for spec in inputs
     ]
     return {
         "dtype": dtype,
         "opset": OPSET,
         "ir_version": IR_VERSION,
-        "inputs": inputs,
+        "inputs": entries,
         "output": family.output().name,
         "axes": {name: axis.to_json() for name, axis in family.axes().items()},
         "layers": {path: spec.engine_types for path, spec in quantized.specs(source).items()},
+        "points": {path: spec.engine_type for path, spec in quantized.points(source).items()},
         "initializer_bytes": dict(sorted(found.items())),
         "weight_bytes": sum(found.values()),
         **{key: info[key] for key in ("model", "recipe", "weights", "timesteps", "sampler", "splits")},

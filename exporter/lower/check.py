@@ -10,15 +10,15 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from exporter.modules import LayerSpec
 from exporter.ops import codebook
+from exporter.specs import LayerSpec
 
 # Ops that ONNX Runtime and both TensorRTs were seen to take in lowered denoisers; a new one is added with that proof.
 OPS = frozenset(
     """
     Add Cast Clip Concat Constant Conv Cos DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Gather Gelu Gemm
-    GroupNormalization Identity LayerNormalization MatMul Mul Neg Pow QuantizeLinear Range Reciprocal ReduceMean Reshape
-    Resize Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
+    GroupNormalization Identity LayerNormalization MatMul Mul Neg Pad Pow QuantizeLinear Range Reciprocal ReduceMean
+    Reshape Resize Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
     """.split()
 )
 OURS = frozenset([f"{codebook.DOMAIN}::{codebook.NAME}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import onnx_ir as ir
 import torch
@@ -12,32 +13,59 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engines.artifacts import Artifact
-from exporter import quantized
+from exporter import quantized, step_table, steps
+from exporter.attention import QuantizedPoint
 from exporter.lower.passes import quiet
 from exporter.models import Axis, Family, TensorSpec
+from exporter.modules import SteppedLayer
+from exporter.step_table import StepTable
 
 OPSET, IR_VERSION = 21, 10  # the oldest pair that carries FP8 and INT4: the most runtimes read it
 PREFIX = "model."  # of every name, from the wrapper below; the passes take it off
+STEP, STEP_ROW = "step", "step_row"  # inputs: the step of every row, or what the table holds for it
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class _Call(nn.Module):
-    """Calls the denoiser as its family does, with the inputs in order."""
+    """Calls the denoiser as its family does, with the inputs in order; steps, or the table's rows, come last."""
 
     def __init__(self, model: nn.Module, family: Family, names: Sequence[str]) -> None:
         super().__init__()
         self.model, self._family, self._names = model, family, names
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self._family.call(self.model, dict(zip(self._names, inputs, strict=True)))
+        feeds = dict(zip(self._names, inputs, strict=True))
+        position = None
+        if STEP in feeds or STEP_ROW in feeds:
+            rows = feeds.pop(STEP_ROW) if STEP_ROW in feeds else self._rows(feeds.pop(STEP))
+            position = steps.Position(rows, torch.split(rows, 1, dim=1))
+        with steps.at(position):
+            return self._family.call(self.model, feeds)
+
+    def _rows(self, step: torch.Tensor) -> torch.Tensor:
+        return self.model.get_buffer(step_table.NAME).index_select(0, step)
 
 
-def trace(artifact: Artifact, dtype: str) -> ir.Model:
+def inputs_of(family: Family, table: StepTable | None, step_input: str) -> tuple[TensorSpec, ...]:
+    """Returns the graph's inputs: the family's, and where activations have a scale for every step what says which."""
+    if table is None:
+        return family.inputs()
+    by_row = TensorSpec(STEP_ROW, "fp32", ("batch", table.values.shape[1]))
+    return (*family.inputs(), by_row if step_input == "row" else TensorSpec(STEP, "int64", ("batch",)))
+
+
+def trace(artifact: Artifact, dtype: str, table: StepTable | None, step_input: str) -> ir.Model:
     """Returns the graph in `dtype`; its weights have names, types and shapes but no values yet."""
     family = quantized.family(artifact)
-    specs, axes = family.inputs(), family.axes()
+    specs, axes = inputs_of(family, table, step_input), family.axes()
     with _default_dtype(TORCH_TYPES[dtype]), FakeTensorMode(allow_non_fake_inputs=True):
-        call = _Call(quantized.build(artifact), family, [spec.name for spec in specs])
+        model = quantized.build(artifact)
+        if table is not None:
+            for path, columns in table.columns.items():
+                cast(SteppedLayer | QuantizedPoint, model.get_submodule(path)).columns = columns
+            if step_input == "index":
+                model.register_buffer(step_table.NAME, torch.empty(table.values.shape, dtype=torch.float32))
+        call = _Call(model, family, [spec.name for spec in specs])
         inputs = tuple(_example(spec, axes, TORCH_TYPES[dtype]) for spec in specs)
         # AUTO: what diffusers decides by size (memory layout at 64 rows) would else bound an axis; that none became a
         # constant is checked where the axes are named.

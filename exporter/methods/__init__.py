@@ -27,13 +27,16 @@ class Method(Protocol):
     """What a method module holds, beside its frozen `Options`.
 
     `NEEDS_CHANNEL_ABSMAX` asks for the inputs' largest magnitudes; `CHOOSES_FORMAT`: it takes `WeightSpec.candidates`;
-    `TRAINS`: it holds what `Trained` says too; `CODEBOOKS`: it makes codebooks, and nothing else.
+    `TRAINS`: it holds what `Trained` says too; `CODEBOOKS`: it makes codebooks, and nothing else; `STEPS`: activations
+    may have a scale for every step beside it; `POINTS`: it trains those of attentions' products too, `point`.
     """
 
     NEEDS_CHANNEL_ABSMAX: bool
     CHOOSES_FORMAT: bool
     TRAINS: bool
     CODEBOOKS: bool
+    STEPS: bool
+    POINTS: bool
 
     def needs_moments(self, options: Any) -> Moments:
         """Returns what `quantize_weight` wants to know of the second moments of the layer's inputs."""
@@ -64,8 +67,13 @@ class Trained(Method, Protocol):
     whether all blocks are trained at once.
     """
 
-    def layer(self, source: Any, spec: Any, tensor: Any, scale: torch.Tensor | None, options: Any) -> TrainedLayer:
-        """Returns the layer that stands in a block while it trains; `scale` is its activation's."""
+    def layer(
+        self, source: Any, spec: Any, tensor: Any, activation: dict[str, torch.Tensor], options: Any
+    ) -> TrainedLayer:
+        """Returns the layer that stands in a block while it trains; `activation` is what its input's quantizer holds.
+
+        Layers that read one tensor are given the very same.
+        """
 
     def phases(self, layers: Sequence[Any], options: Any) -> Sequence[Any]:
         """Returns what is trained, one after the other, as `exporter.reconstruct.Phase`s."""
@@ -92,6 +100,14 @@ def names() -> list[str]:
 
 def load(name: str) -> Method:
     return cast(Method, importlib.import_module(f"exporter.methods.{name}"))
+
+
+def about(name: str) -> list[str]:
+    """Returns what a method does, and its options with their defaults."""
+    module = importlib.import_module(f"exporter.methods.{name}")
+    found = [(module.__doc__ or "").strip().splitlines()[0]]
+    defaults = [f"{f.name} = {str(f.default).lower()}" for f in dataclasses.fields(module.Options)]
+    return found + ([", ".join(defaults)] if defaults else [])
 
 
 def options(name: str, values: Mapping[str, Any], where: str) -> Any:

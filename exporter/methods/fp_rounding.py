@@ -17,14 +17,17 @@ from torch import nn
 from engines.errors import UserError
 from exporter.formats import Format
 from exporter.methods import Moments, check_whole, fp_search
-from exporter.modules import FloatLayer, LayerSpec, QuantizedLayer, oriented
+from exporter.modules import QuantizedLayer
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
+from exporter.specs import FloatLayer, LayerSpec, oriented
 from exporter.straight_through import straight_through
 from exporter.tensors import QuantizedTensor, spread
 
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = True
+STEPS = False
+POINTS = False
 CODEBOOKS = False
 CHOOSES_FORMAT = True
 factors = fp_search.factors
@@ -96,7 +99,12 @@ class RoundedLayer(QuantizedLayer):
     soft: torch.Tensor
 
     def __init__(
-        self, source: FloatLayer, spec: LayerSpec, tensor: QuantizedTensor, scale: torch.Tensor | None, options: Options
+        self,
+        source: FloatLayer,
+        spec: LayerSpec,
+        tensor: QuantizedTensor,
+        activation: dict[str, torch.Tensor],
+        options: Options,
     ) -> None:
         super().__init__(source, spec)
         weight = oriented(source, spec)
@@ -112,9 +120,9 @@ class RoundedLayer(QuantizedLayer):
         self._unit = steps / steps[self.free].mean() if options.scale_aware else torch.ones_like(steps)
         self._unit = torch.where(self.free, self._unit, 1.0)
         self.logits = nn.Parameter(-(STRETCH / (share + SHIFT) - 1).log() * self._unit)
-        if scale is not None:
-            self.activation_scale = scale
-            self.log_scale = nn.Parameter(scale.log())
+        if spec.activation:
+            self.activation_scale = activation["activation_scale"]
+            self.log_scale = nn.Parameter(self.activation_scale.log())
         if spec.multiplied:
             self.input_multiplier = source.get_buffer("input_multiplier")
 
@@ -142,9 +150,9 @@ class RoundedLayer(QuantizedLayer):
 
 
 def layer(
-    source: FloatLayer, spec: LayerSpec, tensor: QuantizedTensor, scale: torch.Tensor | None, options: Options
+    source: FloatLayer, spec: LayerSpec, tensor: QuantizedTensor, activation: dict[str, torch.Tensor], options: Options
 ) -> RoundedLayer:
-    return RoundedLayer(source, spec, tensor, scale, options)
+    return RoundedLayer(source, spec, tensor, activation, options)
 
 
 def phases(layers: Sequence[RoundedLayer], options: Options) -> list[Phase]:
@@ -154,6 +162,8 @@ def phases(layers: Sequence[RoundedLayer], options: Options) -> list[Phase]:
 
 class _Roundings(Phase):
     """Trains h; the regulariser drives it to 0 or 1, and then it is taken as that."""
+
+    name = "rounding"
 
     def __init__(self, layers: Sequence[RoundedLayer], options: Options) -> None:
         self._layers, self._options, self.iterations = layers, options, options.iterations
@@ -180,6 +190,8 @@ class _Roundings(Phase):
 
 class _Ranges(Phase):
     """Trains the scales of activations against the weights that ship."""
+
+    name = "activation ranges"
 
     def __init__(self, layers: Sequence[RoundedLayer], options: Options) -> None:
         self._layers, self.iterations, self._rate = layers, options.activation_iterations, options.activation_rate

@@ -20,6 +20,8 @@ from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for, sprea
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = False
 CODEBOOKS = False
+STEPS = True
+POINTS = False
 CHOOSES_FORMAT = True
 factors = rtn.factors
 

@@ -16,6 +16,8 @@ from exporter.tensors import QuantizedTensor, absmax, quantize, scale_for
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = False
 CODEBOOKS = False
+STEPS = True
+POINTS = False
 CHOOSES_FORMAT = False
 
 

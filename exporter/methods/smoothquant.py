@@ -22,6 +22,8 @@ from exporter.tensors import QuantizedTensor
 NEEDS_CHANNEL_ABSMAX = True
 TRAINS = False
 CODEBOOKS = False
+STEPS = True
+POINTS = False
 CHOOSES_FORMAT = False
 FLOOR = 1e-5  # a channel that is silent in calibration still needs a finite factor (the paper's code uses the same)
 

@@ -22,6 +22,8 @@ NEEDS_CHANNEL_ABSMAX = False
 TRAINS = False
 CHOOSES_FORMAT = False
 CODEBOOKS = True
+STEPS = False
+POINTS = False
 factors = kmeans.factors
 
 

@@ -19,14 +19,17 @@ from exporter import clustering
 from exporter.formats import Format
 from exporter.formats.codebook import BITS
 from exporter.methods import Moments, check_whole, kmeans
-from exporter.modules import CodebookLayer, FloatLayer, LayerSpec, oriented
+from exporter.modules import CodebookLayer
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
+from exporter.specs import FloatLayer, LayerSpec, oriented
 from exporter.straight_through import straight_through
 from exporter.tensors import CodebookTensor
 
 NEEDS_CHANNEL_ABSMAX = False
 TRAINS = True
+STEPS = False
+POINTS = False
 CODEBOOKS = True
 CHOOSES_FORMAT = False
 factors = kmeans.factors
@@ -125,7 +128,12 @@ class ChoosingLayer(CodebookLayer):
     """A layer whose sub-vectors are mixtures of candidates while it trains; `hard`, each is the likeliest of them."""
 
     def __init__(
-        self, source: FloatLayer, spec: LayerSpec, tensor: CodebookTensor, scale: torch.Tensor | None, options: Options
+        self,
+        source: FloatLayer,
+        spec: LayerSpec,
+        tensor: CodebookTensor,
+        activation: dict[str, torch.Tensor],
+        options: Options,
     ) -> None:
         super().__init__(source, spec)
         self.hard = True
@@ -142,8 +150,7 @@ class ChoosingLayer(CodebookLayer):
         self.logits = nn.Parameter((odds / odds.sum(dim=0)).log().contiguous())  # the first is the largest: k-means'
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.detach().clone())
-        if scale is not None:
-            self.activation_scale = scale
+        self._buffers |= activation
         if spec.multiplied:
             self.input_multiplier = source.get_buffer("input_multiplier")
 
@@ -193,9 +200,9 @@ class ChoosingLayer(CodebookLayer):
 
 
 def layer(
-    source: FloatLayer, spec: LayerSpec, tensor: CodebookTensor, scale: torch.Tensor | None, options: Options
+    source: FloatLayer, spec: LayerSpec, tensor: CodebookTensor, activation: dict[str, torch.Tensor], options: Options
 ) -> ChoosingLayer:
-    return ChoosingLayer(source, spec, tensor, scale, options)
+    return ChoosingLayer(source, spec, tensor, activation, options)
 
 
 def phases(layers: Sequence[ChoosingLayer], options: Options) -> list[Phase]:
@@ -209,6 +216,8 @@ Groups = list[tuple[list[nn.Parameter], float]]
 
 class _Choices(Phase):
     """Trains the ratios; what pushes them to 0 and 1 comes in after the warm-up."""
+
+    name = "choices"
 
     def __init__(self, layers: Sequence[ChoosingLayer], options: Options, beside: Groups) -> None:
         self._layers, self._options, self.iterations = layers, options, options.iterations
@@ -238,6 +247,8 @@ class _Choices(Phase):
 
 class _Codewords(Phase):
     """Trains codewords and biases; every sub-vector keeps its choice."""
+
+    name = "codewords"
 
     def __init__(self, options: Options, words: Groups) -> None:
         self.iterations, self._groups = options.codebook_iterations, words

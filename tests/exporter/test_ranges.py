@@ -26,14 +26,14 @@ def test_each_steps_largest_magnitude_is_kept_over_all_batches():
     seen = Ranges([0, 1, 2])
     seen.update("a", torch.tensor([[1.0, -3.0], [2.0, 0.0], [0.5, 0.5]]), torch.tensor([0, 1, 0]))
     seen.update("a", torch.tensor([[4.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]), torch.tensor([1, 1, 2]))
-    table = seen.to_json({"a": 3.5})
-    assert table == {"steps": [0, 1, 2], "layers": {"a": {"range": 3.5, "absmax": [3.0, 4.0, 0.0]}}}
+    table = seen.to_json({"a": [3.5]})
+    assert table == {"steps": [0, 1, 2], "layers": {"a": {"range": [3.5] * 3, "absmax": [3.0, 4.0, 0.0]}}}
 
 
 def test_several_rows_may_belong_to_one_sample():
     seen = Ranges([0, 1])
     seen.update("a", torch.tensor([[1.0], [-9.0], [2.0], [3.0]]), torch.tensor([1, 0]))
-    assert seen.to_json({"a": 1.0})["layers"]["a"]["absmax"] == [3.0, 9.0]
+    assert seen.to_json({"a": [1.0]})["layers"]["a"]["absmax"] == [3.0, 9.0]
 
 
 def test_convolutions_and_sequences_count_every_position():
@@ -41,38 +41,41 @@ def test_convolutions_and_sequences_count_every_position():
     x = torch.zeros(2, 3, 4, 4)
     x[0, 2, 3, 1], x[1, 0, 0, 0] = -5.0, 7.0
     seen.update("a", x, torch.tensor([0, 1]))
-    assert seen.to_json({"a": 1.0})["layers"]["a"]["absmax"] == [5.0, 7.0]
+    assert seen.to_json({"a": [1.0]})["layers"]["a"]["absmax"] == [5.0, 7.0]
 
 
 def test_only_recorded_steps_are_listed_whatever_their_numbers():
     seen = Ranges([3, 7])
     seen.update("a", torch.tensor([[1.0], [2.0]]), torch.tensor([7, 3]))
-    assert seen.to_json({"a": 1.0}) == {"steps": [3, 7], "layers": {"a": {"range": 1.0, "absmax": [2.0, 1.0]}}}
+    assert seen.to_json({"a": [1.0]}) == {"steps": [3, 7], "layers": {"a": {"range": [1.0, 1.0], "absmax": [2.0, 1.0]}}}
 
 
 def test_rows_that_no_step_can_be_told_of_are_left_out():
     seen = Ranges([0, 1])
     seen.update("a", torch.ones(3, 2), torch.tensor([0, 1]))
-    assert seen.to_json({"a": 1.0})["layers"] == {}
+    assert seen.to_json({"a": [1.0]})["layers"] == {}
 
 
 def test_the_table_shows_which_steps_were_clipped():
     found = {
         "steps": [0, 1, 2, 3, 7],
         "layers": {
-            "first": {"range": 2.0, "absmax": [3.0, 2.5, 2.1, 1.0, 9.0]},
-            "second": {"range": 2.0, "absmax": [2.0, 1.0, 0.5, 1.0, 1.0]},
+            "first": {"range": [2.0] * 5, "absmax": [3.0, 2.5, 2.1, 1.0, 9.0]},
+            "second": {"range": [2.0] * 5, "absmax": [2.0, 1.0, 0.5, 1.0, 1.0]},
         },
     }
     fp4 = {"format": "fp", "exponent_bits": 2, "mantissa_bits": 1}
     int8 = {"format": "int", "bits": 8}
+    int4 = {"format": "int", "bits": 4}
+    rest = {"granularity": "channel", "block_size": 0, "deployable": True, "steps": 0, "shifted": False}
     layers = {
-        "first": {"weight": fp4, "granularity": "channel", "block_size": 0, "activation": int8, "deployable": False},
-        "second": {"weight": int8, "granularity": "block", "block_size": 64, "activation": int8, "deployable": True},
-        "third": {"weight": int8, "granularity": "channel", "block_size": 0, "activation": None, "deployable": True},
+        "first": rest | {"weight": fp4, "activation": int8, "deployable": False},
+        "second": rest
+        | {"weight": int8, "granularity": "block", "block_size": 64, "activation": int4, "steps": 8, "shifted": True},
+        "third": rest | {"weight": int8, "activation": None},
     }
     stream = io.StringIO()
-    Console(file=stream, width=120).print(ranges.table(found, layers))
+    Console(file=stream, width=150).print(ranges.table(found, layers))
     first, second, third = (line for line in stream.getvalue().splitlines() if re.search("first|second|third", line))
     assert "0…2 7" in first
     assert "9" in first
@@ -81,6 +84,9 @@ def test_the_table_shows_which_steps_were_clipped():
     assert "simulated" not in second
     assert "–" in second
     assert "int8 per block of 64" in second
+    assert "int4 in INT8 by step, zero points" in second
+    assert "9.0×" in first
+    assert "4.0×" in second
     assert "float" in third
 
 
@@ -129,7 +135,7 @@ def test_a_range_is_what_the_quantizer_reaches(made):
     assert table.keys() == {path for path, layer in layers.items() if layer.spec.activation}
     assert len(table) < len(layers)  # weight-only layers have none
     for path, row in table.items():
-        assert row["range"] == pytest.approx(float(layers[path].activation_scale) * 127, rel=1e-6), path
+        assert row["range"] == pytest.approx([float(layers[path].activation_scale) * 127] * 3, rel=1e-6), path
 
 
 def test_inspect_prints_the_ranges_and_gives_them_as_json(made):

@@ -9,9 +9,9 @@ from exporter import recipe
 from exporter.checkpoint import open_checkpoint
 from exporter.formats.fp import Format as Fp
 from exporter.formats.int import Format as Int
-from exporter.modules import LayerFacts
 from exporter.plan import layer_specs
 from exporter.recipe import CalibrationSpec, WeightSpec
+from exporter.specs import LayerFacts
 
 BLOCKS = ["blocks.0", "blocks.1", "blocks.10"]
 LAYERS = [
@@ -245,9 +245,29 @@ BAD = {
     "key of a method that has none": (method('name = "rtn", alpha = 0.5'), "'alpha'", "known: none"),
     "key of another format": (weight('format = "int", bits = 8, exponent_bits = 4'), "'exponent_bits'", "bits"),
     "granularity of an activation": (
-        activation('format = "int", bits = 8, granularity = "tensor"'),
-        "'granularity'",
-        "observer",
+        activation('format = "int", bits = 8, granularity = "channel"'),
+        "'channel'",
+        "step, tensor",
+    ),
+    "a zero point without steps": (
+        activation('format = "int", bits = 8, zero_point = true'),
+        "a zero point without a scale for every step",
+        'granularity = "step"',
+    ),
+    "a zero point that is no truth value": (
+        activation('format = "int", bits = 8, granularity = "step", zero_point = 3'),
+        "zero_point = 3",
+        "true or false",
+    ),
+    "percentiles by step": (
+        activation('format = "int", bits = 8, granularity = "step", observer = "percentile"'),
+        "observer 'percentile' has no ranges by step",
+        "mse",
+    ),
+    "fp8 by step": (
+        activation('format = "fp", exponent_bits = 4, mantissa_bits = 3, granularity = "step"'),
+        "a scale for every step beside fp8",
+        "use int",
     ),
     "format": (weight('format = "itn", bits = 8'), "'itn'", "'int'"),
     "no format": (weight("bits = 8"), "format ''", "fp, int"),
@@ -488,8 +508,6 @@ def test_shipped_recipes_have_digests_of_their_own(name):
 @pytest.mark.parametrize(
     ("weight", "activation", "named", "fix"),
     [
-        ('{ format = "int", bits = 8 }', '{ format = "int", bits = 4 }', "int4 of 4 bits", "int with 8 bits"),
-        ('{ format = "int", bits = 8 }', '{ format = "int", bits = 6 }', "int8 of 6 bits", "int with 8 bits"),
         (INT8, '{ format = "fp", exponent_bits = 5, mantissa_bits = 2 }', "fp8_e5m2", "4 exponent and 3 mantissa"),
         (INT8, '{ format = "fp", exponent_bits = 4, mantissa_bits = 3 }', "int8 weights beside fp8", "for both"),
         (

@@ -10,6 +10,7 @@ from common import TINY
 from torch import nn
 
 from calib_data.store import CalibrationSet
+from engines.errors import UserError
 from exporter import reconstruct
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
@@ -34,6 +35,7 @@ class Held(Calls):
 class Fit(Phase):
     """Fits the block's weight, and nothing else."""
 
+    name = "fit"
     iterations = 100
 
     def __init__(self, block, rate=0.05):
@@ -188,3 +190,12 @@ def test_jointly_every_block_and_the_output_count(tiny):
         with torch.no_grad():
             weight.copy_(before)
         weight.requires_grad_(False)
+
+
+def test_a_damaged_state_is_named_with_what_to_remove(tmp_path):
+    state = tmp_path / "training.safetensors"
+    state.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"training\.safetensors: cannot be read") as caught:
+        reconstruct.train(None, [Fit(torch.nn.Linear(2, 2))], 4, "training", tmp_path)
+    assert "remove it" in caught.value.fix
+    assert caught.value.keeps  # what other blocks have is not lost

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engines.errors import UserError
+from exporter import steps
 from exporter.checkpoint import open_checkpoint
-from exporter.modules import StepContext
 from exporter.runners import TorchRunner, WideSums
 
 
@@ -30,18 +31,19 @@ def test_other_types_are_left_alone(dtype):
 
 
 def test_the_step_reaches_quantizers_for_one_call_only(tiny_folder):
-    tiny, steps, seen = open_checkpoint(str(tiny_folder)), StepContext(), []
+    tiny, seen = open_checkpoint(str(tiny_folder)), []
     model = tiny.load()
-    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: seen.append(steps.step))
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: seen.append(steps.now().step))
     feeds = {
         "hidden_states": torch.zeros(2, 1, 8, 8).numpy(),
         "timestep": torch.tensor([9, 9]).numpy(),
         "class_labels": torch.tensor([0, 1]).numpy(),
         "step": torch.tensor([4, 4]).numpy(),
     }
-    TorchRunner("float", model, tiny.family, steps=steps).run(feeds)
+    TorchRunner("float", model, tiny.family).run(feeds)
     assert seen[0].tolist() == [4, 4]
-    assert steps.step is None
+    with pytest.raises(UserError, match="called without one"):
+        steps.now()
 
 
 def test_outputs_are_fp32_arrays_whatever_the_model_computes_in(tiny_folder):

@@ -11,7 +11,8 @@ from torch import nn
 
 from exporter import scaling
 from exporter.models import Fold
-from exporter.modules import LayerSpec, QuantizedLayer, float_layer, multiply_input
+from exporter.modules import QuantizedLayer, float_layer, multiply_input
+from exporter.specs import LayerSpec
 
 FOLD = Fold(("1", "2"), (("0", slice(None), "affine"),))
 # fp32: every product and sum rounds by 6e-8, a few dozen of them one after the other
@@ -108,8 +109,8 @@ def test_folds_and_multiplies_go_together(net, x):
 def test_a_quantized_layer_multiplies_its_input_as_the_float_layer_did(net, x, path):
     from exporter.formats.int import Format as Int
     from exporter.methods import rtn
-    from exporter.modules import oriented
     from exporter.recipe import WeightSpec
+    from exporter.specs import oriented
 
     width = float_layer(net, path).weight.shape[1]
     (path,) = scaling.apply(net, [], {path: torch.linspace(0.5, 3, width)})

@@ -114,7 +114,7 @@ def test_run_refuses_it_before_anything_is_calibrated(tiny, tmp_path):
     [
         (study(open_split(8), open_split(8), deployable=True), "leaves the format open", "deployable = false"),
         (
-            study(open_split(6), {"format": "int", "bits": 6}, deployable=True),
+            study(open_split(6), {"format": "fp", "exponent_bits": 3, "mantissa_bits": 2}, deployable=True),
             "no engine quantizes",
             "deployable = false",
         ),

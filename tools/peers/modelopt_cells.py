@@ -27,8 +27,8 @@ from exporter import recipe
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.memory import peak_rss_bytes
 from exporter.plan import plan_layers
-from exporter.quantize import OBSERVED_ROWS
 from exporter.runners import TorchRunner
+from exporter.watch import ROWS
 
 PRESETS = {
     "FP8": "FP8_DEFAULT_CFG",
@@ -82,7 +82,7 @@ def cell(model_name: str, name: str, job: compare.Job) -> Json:
     def forward_all(net: nn.Module) -> None:
         runner = TorchRunner("calibration", net, family)
         for shard in data.shards:
-            for feeds in data.batches(shards=[shard], rows=family.rows(OBSERVED_ROWS)):
+            for feeds in data.batches(shards=[shard], rows=family.rows(ROWS)):
                 runner.run_tensors(feeds)
 
     started = time.monotonic()

@@ -12,30 +12,42 @@ import onnx_ir as ir
 import torch
 
 from engines.errors import UserError
-from exporter.modules import DERIVED, ZERO_POINTS, LayerSpec
+from exporter import step_table
+from exporter.modules import DERIVED, UNITS, ZERO_POINTS, step_unit
 from exporter.ops import codebook
 from exporter.quantized import StoredTensors
+from exporter.specs import LayerSpec
+from exporter.step_table import StepTable
 
+INT4_VALUES = torch.arange(-8.0, 8.0)  # what integers of up to 4 bits are, where they are looked up
 NUMPY_VIEWS = {torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn, torch.float8_e5m2: ml_dtypes.float8_e5m2}
 
 
 class AttachWeights(ir.passes.InPlacePass):
-    def __init__(self, stored: StoredTensors, specs: Mapping[str, LayerSpec]) -> None:
+    def __init__(self, stored: StoredTensors, specs: Mapping[str, LayerSpec], table: StepTable | None) -> None:
         super().__init__()
-        self.stored, self.specs = stored, specs
+        self.stored, self.specs, self.table = stored, specs, table
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for value in model.graph.initializers.values():
             if value.const_value is None and value.name and not value.name.endswith(ZERO_POINTS):
-                attach = self._attach_derived if value.name.endswith(DERIVED) else self._attach
+                attach = self._attach_derived if value.name.endswith((*DERIVED, step_table.NAME)) else self._attach
                 attach(value)
         return ir.passes.PassResult(model, modified=True)
 
     def _attach_derived(self, value: ir.Value) -> None:
         assert value.name is not None and value.dtype is not None
         owner, _, leaf = value.name.rpartition(".")
-        fmt = self.specs[owner].weight
-        found = codebook.codebook_of(fmt.values, fmt.onnx_type) if leaf == "weight_table" else torch.ones(())
+        if leaf == step_table.NAME:
+            assert self.table is not None
+            found = self.table.values
+        elif leaf in UNITS:
+            found = step_unit(self.stored.raw(f"{owner}.activation_scale"))
+        elif leaf == "weight_table":
+            fmt = self.specs[owner].weight
+            found = INT4_VALUES if fmt.native else codebook.codebook_of(fmt.values, fmt.onnx_type)
+        else:
+            found = torch.ones(())
         value.const_value = ir.Tensor(found.numpy().astype(value.dtype.numpy()), dtype=value.dtype, name=value.name)
 
     def _attach(self, value: ir.Value) -> None:

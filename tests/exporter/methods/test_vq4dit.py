@@ -20,9 +20,10 @@ from exporter.formats.codebook import Format
 from exporter.formats.fp import Format as Fp
 from exporter.methods import kmeans, vq4dit
 from exporter.metrics import sqnr_db
-from exporter.modules import LayerSpec, oriented, quantized_layer
+from exporter.modules import quantized_layer
 from exporter.quantize import quantize
 from exporter.recipe import WeightSpec
+from exporter.specs import LayerSpec, oriented
 
 FORMATS = [Format(4, 256), Format(2, 64), Format(1, 16)]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=[f"{f.codebook_size}x{f.vector_size}" for f in FORMATS])
@@ -37,7 +38,7 @@ def layer_of(fmt=FORMATS[0], *, conv=False, granularity="tensor", activation=Non
     weight = oriented(source, spec)
     asked = WeightSpec(fmt, granularity, entries=activation)
     start = kmeans.quantize_weight(weight, asked, 0, kmeans.Options(), moments)
-    scale = torch.tensor(0.01) if activation else None
+    scale = {"activation_scale": torch.tensor(0.01)} if activation else {}
     return source, vq4dit.layer(source, spec, start, scale, vq4dit.Options(**options))
 
 

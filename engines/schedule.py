@@ -1,0 +1,78 @@
+"""Engines whose activations have a scale for every sampling step: which step of its own schedule one is called at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.artifacts import Artifact, Json
+from engines.errors import UserError
+from engines.runner import Feeds, Runner
+
+FILE = "step_table.npy"  # fp32 [steps, n]: what such a graph multiplies by, a row for each step
+MAX_TABLE_BYTES = 64 << 20
+ROW = "step_row"  # the input of a graph that is told the table's row rather than its number
+TOLERANCE = 1e-3  # of a timestep, relative: schedulers compute them in fp32
+
+
+def steps_of(graph: Json, timesteps: Sequence[float], *, nearest: bool = False) -> list[int]:
+    """Returns the `step` to feed at each timestep of a sampler's schedule; `graph` is a graph's manifest.
+
+    The table belongs to one sampler and number of steps, so another schedule is an error; with `nearest`, each of its
+    calls gets the scales of the calibrated step whose timestep is nearest: meant for fewer steps, and not validated.
+    """
+    own = np.asarray(graph["timesteps"], dtype=np.float64)
+    asked = np.asarray(timesteps, dtype=np.float64)
+    if own.shape == asked.shape and np.allclose(own, asked, rtol=TOLERANCE, atol=TOLERANCE):
+        return list(range(len(own)))
+    if nearest:
+        return [int(i) for i in np.abs(own[None] - asked[:, None]).argmin(axis=1)]
+    raise UserError(
+        f"the schedule has {len(asked)} steps, {_ends(asked)}; the engine's activations have a scale for each of "
+        f"{len(own)} steps, {_ends(own)}",
+        fix=f"sample with those {len(own)} steps, quantize again with --steps {len(asked)}, or take the nearest "
+        "calibrated step for each: steps_of(…, nearest=True)",
+    )
+
+
+def _ends(timesteps: NDArray[np.float64]) -> str:
+    return f"timesteps {timesteps[0]:g} … {timesteps[-1]:g}" if len(timesteps) else "no timesteps"
+
+
+def with_steps(runner: Runner, graph: Json, engine: Artifact) -> Runner:
+    """Returns a runner that checks the feeds' `step`, and looks its row up where the graph wants that."""
+    if graph["step_input"] is None:
+        return runner
+    return _Stepped(runner, len(graph["timesteps"]), _table(engine) if graph["step_input"] == "row" else None)
+
+
+def _table(engine: Artifact) -> NDArray[np.float32]:
+    path = engine.file(FILE)
+    if path.stat().st_size > MAX_TABLE_BYTES:
+        raise UserError(f"{path}: more than {MAX_TABLE_BYTES} bytes", fix="build the engine again")
+    found: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    return found
+
+
+class _Stepped:
+    def __init__(self, runner: Runner, steps: int, table: NDArray[np.float32] | None) -> None:
+        self.name = runner.name
+        self._runner, self._steps, self._table = runner, steps, table
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+        step = feeds.get("step")
+        if step is None:
+            raise UserError(f"{self.name}: the feeds hold no `step`", fix=f"feed each row's, 0 … {self._steps - 1}")
+        if step.size and not (step.min() >= 0 and step.max() < self._steps):
+            bad = next(int(s) for s in step.ravel() if not 0 <= s < self._steps)
+            raise UserError(
+                f"{self.name}: step {bad}, and activations have scales for the steps 0 … {self._steps - 1}",
+                fix="feed the position in the schedule that the engine was calibrated for (engines.schedule.steps_of)",
+            )
+        fed: dict[str, Any] = dict(feeds)
+        if self._table is not None:
+            fed[ROW] = self._table[step]
+        return self._runner.run(fed)

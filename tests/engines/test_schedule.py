@@ -1,0 +1,66 @@
+"""Steps: which one an engine is called at, for its own schedule, for another, and for no step there is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engines import schedule
+from engines.errors import UserError
+
+GRAPH = {"timesteps": [900.0, 600.0, 300.0, 0.0], "step_input": "index"}
+
+
+class Echo:
+    name = "echo"
+
+    def run(self, feeds):
+        return dict(feeds)
+
+
+def test_its_own_schedule_is_taken_step_by_step_whatever_the_last_bits():
+    assert schedule.steps_of(GRAPH, [900.0001, 600.0, 300.0, 0.0]) == [0, 1, 2, 3]
+
+
+def test_another_number_of_steps_is_an_error_that_names_both():
+    with pytest.raises(UserError, match=r"2 steps.*4 steps") as caught:
+        schedule.steps_of(GRAPH, [900.0, 300.0])
+    assert "--steps 2" in caught.value.fix
+    assert "nearest=True" in caught.value.fix
+
+
+def test_as_many_steps_elsewhere_are_an_error_too():
+    with pytest.raises(UserError, match=r"timesteps 999 … 249"):
+        schedule.steps_of(GRAPH, [999.0, 749.0, 499.0, 249.0])
+
+
+def test_fewer_steps_may_take_the_nearest_that_was_calibrated():
+    assert schedule.steps_of(GRAPH, [880.0, 310.0, 20.0], nearest=True) == [0, 2, 3]
+
+
+def test_a_graph_without_steps_is_left_alone():
+    runner = Echo()
+    assert schedule.with_steps(runner, {"step_input": None}, None) is runner
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_a_step_out_of_range_is_an_error_that_names_it(bad):
+    runner = schedule.with_steps(Echo(), GRAPH, None)
+    assert runner.run({"step": np.array([0, 3])})["step"].tolist() == [0, 3]
+    with pytest.raises(UserError, match=rf"step {bad}, .* 0 … 3"):
+        runner.run({"step": np.array([0, bad])})
+
+
+def test_feeds_without_a_step_are_an_error():
+    with pytest.raises(UserError, match="hold no `step`"):
+        schedule.with_steps(Echo(), GRAPH, None).run({"x": np.zeros(1)})
+
+
+def test_a_graph_that_wants_the_tables_row_is_given_it(tmp_path):
+    table = np.arange(8, dtype=np.float32).reshape(4, 2)
+    np.save(tmp_path / schedule.FILE, table)
+    engine = SimpleNamespace(file=lambda name: tmp_path / name)
+    runner = schedule.with_steps(Echo(), GRAPH | {"step_input": "row"}, engine)
+    assert runner.run({"step": np.array([3, 1])})[schedule.ROW].tolist() == table[[3, 1]].tolist()

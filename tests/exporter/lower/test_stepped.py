@@ -1,0 +1,89 @@
+"""Activations with a scale for every step: engines agree with PyTorch, rows of all steps mixed, and multiply INT8."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from road import assert_layers_agree, assert_other_sizes_agree, assert_recorded_feeds_agree
+
+from engines import backends
+from engines.build import build
+from engines.plans import read_plan
+from exporter import quantized, recipe
+from exporter.calibrate import calibrate
+from exporter.checkpoint import open_checkpoint
+from exporter.lower import lower
+from exporter.quantize import quantize
+from exporter.run_folder import Run
+
+KERNELS = ("gemm", "correlation")
+
+
+def stepped_recipe(weight_bits, bits, *, zero_point=False, split=False):
+    activation = {"format": "int", "bits": bits, "observer": "mse", "granularity": "step", "zero_point": zero_point}
+    rule = {"layers": "*", "split_skips": split, "activation": activation}
+    rule |= {"weight": {"format": "int", "bits": weight_bits}, "method": {"name": "smoothquant"}}
+    products = {"layers": "*", "type": "attention", "activation": {"format": "int", "bits": 8, "granularity": "step"}}
+    kept = {"layers": "*", "scope": "outside_blocks", "keep": "float"}
+    return recipe.parse("stepped", {"rule": [kept, products, rule]})
+
+
+SMALL = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small random U-Net: convolutions, shortcuts, matmuls; and its calibration."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    checkpoint = open_checkpoint(f"random:{folder}", steps=2)
+    return checkpoint, calibrate(checkpoint, folder / "calibration", samples=4)
+
+
+@pytest.mark.parametrize(("weight_bits", "bits", "zero_point"), [(8, 8, False), (4, 4, True)])
+def test_engines_agree_and_multiply_in_int8(weight_bits, bits, zero_point, small, tmp_path):
+    checkpoint, calibration = small
+    asked = stepped_recipe(weight_bits, bits, zero_point=zero_point, split=True)
+    source = quantize(checkpoint, asked, calibration, tmp_path / "quantized")
+    specs = quantized.specs(source)
+    stepped = {path for path, spec in specs.items() if spec.steps}
+    assert stepped == specs.keys()
+    graph = lower(source, tmp_path / "graph" / "fp32", dtype="fp32")
+    assert [entry for entry in graph.info["inputs"] if entry["name"] == "step"] == [
+        {"name": "step", "dtype": "int64", "shape": ["batch"]}
+    ]
+    run = Run(source, {"fp32": graph}, {"ort": build(graph, "ort", tmp_path / "engines" / "ort")})
+    runner = backends.open_runner(run.engines["ort"])
+    assert_recorded_feeds_agree(runner, run, True)
+    assert_other_sizes_agree(runner, run, checkpoint, True)  # its rows are of two steps
+    assert_layers_agree(run)
+
+    half = lower(source, tmp_path / "graph" / "fp16", dtype="fp16")
+    rows = read_plan(build(half, "trt-rtx", tmp_path / "trt-rtx", gpu="sm89"))
+    for attention in {path.rpartition(".products.")[0] for path in quantized.points(source)}:
+        mine = [
+            row
+            for row in rows
+            if row.kind == "gemm" and any(n.startswith(f"{attention}.products/MatMul") for n in row.onnx_nodes)
+        ]
+        assert [row.input_types[:2] for row in mine] == [("int8", "int8")] * 2, (attention, mine)
+    for path in stepped:
+        mine = [
+            row
+            for row in rows
+            if row.kind in KERNELS and any(n.startswith((f"{path}/MatMul", f"{path}/Conv")) for n in row.onnx_nodes)
+        ]
+        assert mine, path
+        assert all("int8" in row.input_types for row in mine), (path, mine)

@@ -1,0 +1,169 @@
+"""DilateQuant: what trains is what ships, readers of one tensor share a quantizer, and scales stay what graphs hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from common import TINY
+from torch import nn
+
+from engines.errors import UserError
+from exporter import methods, quantized, recipe, reconstruct, steps
+from exporter.activations import LEAST_SCALE
+from exporter.calibrate import calibrate
+from exporter.checkpoint import open_checkpoint
+from exporter.dilation import dilation
+from exporter.formats.int import Format as Int
+from exporter.methods import dilatequant
+from exporter.modules import quantized_layer
+from exporter.quantize import quantize
+from exporter.recipe import WeightSpec
+from exporter.specs import LayerSpec, oriented
+
+
+def layer_of(*, conv=False, count=3, shifted=False, bits=4, **options):
+    """Returns a float layer and the one that trains in its place, with a scale for each of `count` steps."""
+    torch.manual_seed(0)
+    source = nn.Conv2d(6, 8, 3, padding=1) if conv else nn.Linear(16, 8)
+    source.requires_grad_(False)
+    spec = LayerSpec(Int(bits), "channel", 0, Int(bits), steps=count, shifted=shifted)
+    start = methods.load("rtn").quantize_weight(oriented(source, spec), WeightSpec(Int(bits)), 0 if conv else 1, None)
+    activation = {"activation_scale": torch.linspace(0.2, 0.4, count or 1).reshape(count or ()).half().float()}
+    if shifted:
+        activation["activation_shift"] = torch.arange(count) - 4.0
+    return source, dilatequant.layer(source, spec, start, activation, dilatequant.Options(**options))
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
+@pytest.mark.parametrize(("count", "shifted"), [(0, False), (3, False), (3, True)], ids=["one", "steps", "shifted"])
+def test_what_trains_is_what_ships(conv, count, shifted):
+    source, layer = layer_of(conv=conv, count=count, shifted=shifted)
+    with torch.no_grad():  # as if it had been trained
+        for parameter in (layer.weight, layer.log_weight_scale, layer.log_scale):
+            parameter += 0.03 * torch.randn(parameter.shape)
+    shipped = quantized_layer(source, layer.spec)
+    shipped._buffers |= layer.state()
+    if count:
+        shipped.sum_shift()
+    x = torch.randn(5, 6, 7, 7) if conv else torch.randn(5, 4, 16)
+    with steps.at(steps.Position(torch.tensor([0, 2, 1, 1, 0]))), torch.no_grad():
+        assert torch.allclose(layer(x), shipped(x), atol=1e-4, rtol=1e-4)  # fp32 sums in another order
+
+
+def test_every_steps_scale_has_the_gradient_of_its_own_rows():
+    _, layer = layer_of()
+    with steps.at(steps.Position(torch.tensor([0, 0, 2]))):
+        layer(torch.randn(3, 4, 16)).square().mean().backward()
+    gradient = layer.log_scale.grad
+    assert gradient[0] != 0
+    assert gradient[1] == 0  # no row is of step 1
+    assert gradient[2] != 0
+    assert (layer.weight.grad != 0).any()
+    assert (layer.log_weight_scale.grad != 0).any()
+
+
+def test_zero_points_learn_where_values_are_clipped():
+    _, layer = layer_of(shifted=True)
+    with steps.at(steps.Position(torch.tensor([0, 1, 2]))):
+        (layer(torch.full((3, 4, 16), 50.0)) - 100).square().mean().backward()
+    assert (layer.shift.grad != 0).all()
+
+
+def test_scales_stay_at_their_least_and_zero_points_among_the_codes():
+    _, layer = layer_of(shifted=True)
+    (phase,) = dilatequant.phases([layer], layer_options())
+    with torch.no_grad():
+        layer.log_scale.fill_(-50.0)
+        layer.shift.copy_(torch.tensor([-90.0, 0.4, 90.0]))
+    phase.settle()
+    state = layer.state()
+    assert state["activation_scale"].tolist() == [LEAST_SCALE] * 3
+    assert state["activation_shift"].tolist() == [-8.0, 0.0, 7.0]
+    assert layer.at_the_least == 3
+
+
+def layer_options(**options):
+    return dilatequant.Options(**options)
+
+
+def test_the_rates_fall_by_a_cosine():
+    (phase,) = dilatequant.phases([layer_of()[1]], layer_options())
+    assert [round(phase.share_of_rate(done), 3) for done in (0.0, 0.5, 1.0)] == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("options", [{"iterations": -1}, {"batch": 0}, {"weight_rate": -0.1}, {"rows": 1.5}])
+def test_bad_options_are_named(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        dilatequant.Options(**options)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    checkpoint = open_checkpoint(f"random:{folder}", steps=3)
+    return checkpoint, calibrate(checkpoint, folder / "calibration", samples=16)
+
+
+def asked(**options):
+    activation = {"format": "int", "bits": 4, "observer": "mse", "granularity": "step"}
+    method = {"name": "dilatequant", "iterations": 30, "batch": 8, "rows": 32, **options}
+    rule = {"layers": "*", "weight": {"format": "int", "bits": 4}, "activation": activation, "method": method}
+    return recipe.parse("test", {"rule": [{"layers": "*", "scope": "outside_blocks", "keep": "float"}, rule]})
+
+
+@pytest.mark.parametrize("joint", [True, False], ids=["jointly", "by blocks"])
+def test_training_brings_the_outputs_nearer(joint, tiny, tmp_path, monkeypatch):
+    checkpoint, calibration = tiny
+    errors = []
+    original = reconstruct.Calls.error
+    monkeypatch.setattr(reconstruct.Calls, "error", lambda self: errors.append(original(self)) or errors[-1])
+    source = quantize(checkpoint, asked(joint=joint), calibration, tmp_path / "out")
+    assert len(errors) == 2 * (1 if joint else 2)
+    for before, after in zip(errors[::2], errors[1::2], strict=True):
+        assert after < before, errors
+    told = [record["weights and scales"] for record in source.info["training"].values()]
+    assert [(one["error_before"], one["error_after"]) for one in told] == list(
+        zip(errors[::2], errors[1::2], strict=True)
+    )
+    assert all(one["kept"] and one["iterations"] == 30 for one in told)
+    assert [one["name"] for one in source.info["recipe"]["methods"]] == ["dilatequant"]
+    assert source.info["recipe"]["methods"][0]["options"]["rows"] == 32
+    layers = quantized.quantized_layers(quantized.load(source))
+    scales = [layers[f"transformer_blocks.0.attn1.to_{n}"].activation_scale for n in "qkv"]
+    assert scales[0].shape == (3,)
+    assert torch.equal(scales[0], scales[1])  # they read one tensor
+    assert torch.equal(scales[0], scales[2])
+    assert len({float(s) for s in scales[0]}) == 3
+
+
+def test_dilation_moves_no_output_and_is_logged(tiny, tmp_path):
+    checkpoint, calibration = tiny
+    source = quantize(checkpoint, asked(iterations=0), calibration, tmp_path / "out")
+    factors = quantized.factors(source)
+    model = checkpoint.load()
+    key = "transformer_blocks.0.ff.net.2"  # four times as many inputs as outputs: many have room
+    assert torch.equal(factors[key], dilation(model.get_submodule(key).weight))
+    log = source.info["factors"][key]
+    assert log["changed"] == pytest.approx(float((factors[key] > 1).float().mean()))
+    assert log["median"] == pytest.approx(float(factors[key].median()))
+    plain = quantize(checkpoint, asked(iterations=0, dilate=False), calibration, tmp_path / "plain")
+    assert quantized.factors(plain) == {}
+
+
+def test_a_loss_that_is_no_number_stops_with_the_blocks_name_and_keeps_what_was_done(tiny, tmp_path, monkeypatch):
+    checkpoint, calibration = tiny
+    original, calls = reconstruct.BlockCalls.loss, []
+
+    def loss(self, rows):
+        calls.append(self)
+        last = len({id(one) for one in calls}) == 2  # the second block's
+        return original(self, rows) * (float("nan") if last else 1.0)
+
+    monkeypatch.setattr(reconstruct.BlockCalls, "loss", loss)
+    with pytest.raises(UserError, match=r"transformer_blocks\.1.*loss is nan at iteration 1"):
+        quantize(checkpoint, asked(joint=False), calibration, tmp_path / "out")
+    kept = list(tmp_path.rglob("done.safetensors"))
+    assert [path.parent.name for path in kept] == ["transformer_blocks.0"]
