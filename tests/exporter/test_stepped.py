@@ -11,9 +11,11 @@ from engines.errors import UserError
 from exporter import observers, steps
 from exporter.activations import Readers, Stepped
 from exporter.formats.int import Format as Int
+from exporter.metrics import bootstrap_ci95
 from exporter.modules import SteppedLayer, quantized_layer, step_unit
 from exporter.recipe import ActivationSpec
 from exporter.specs import LayerSpec, oriented
+from exporter.straight_through import straight_through
 from exporter.tensors import quantize, scale_for
 
 SCALES = torch.tensor([0.11, 0.04, 0.0234375])
@@ -133,3 +135,28 @@ def test_readers_of_one_tensor_are_told_and_others_are_not():
     assert [readers.leads("q", x), readers.leads("k", x), readers.leads("v", x)] == [True, False, True]
     assert readers.leads("out", x.clone())
     assert readers.leader == {"q": "q", "k": "q", "v": "v", "out": "out"}
+
+
+def test_where_ranges_drift_over_the_steps_a_scale_for_each_lowers_the_layers_error():
+    """Planted: inputs grow tenfold from step to step; rows' relative errors, intervals apart."""
+    generator = torch.Generator().manual_seed(0)
+    step = torch.arange(3).repeat_interleave(64)
+    x = torch.randn(192, 6, generator=generator) * 10.0 ** step[:, None]
+    plain = nn.Linear(6, 8).requires_grad_(False)
+    fmt, exact = Int(8), plain(x)
+    rule = ActivationSpec(fmt, "mse", granularity="step")
+    by_step, whole = Stepped(rule, 3), observers.Mse()
+    for number in range(3):
+        by_step.update(x[step == number])
+        by_step.finish(number)
+    whole.update(x)
+    scales = {
+        "one": scale_for(torch.tensor(whole.range(fmt)), fmt).expand(3),
+        "each": by_step.state()["activation_scale"],
+    }
+    ends = {}
+    for name, scale in scales.items():
+        y = plain(straight_through(x, scale[step][:, None], fmt))
+        errors = (y - exact).square().sum(dim=1) / exact.square().sum(dim=1)
+        ends[name] = bootstrap_ci95(errors)[1]
+    assert ends["each"][1] < ends["one"][0] / 10, ends
