@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from engines.errors import UserError
 from exporter import methods
 from exporter.attention import PointSpec, add_points, attentions, points_of
 from exporter.checkpoint import Checkpoint
@@ -76,7 +77,11 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
         activation = rule.activation.format if rule.activation else None
         weight = rule.weight
         spec = LayerSpec(weight.format, weight.granularity, weight.block_size, activation, deployable=rule.deployable)
-        choices = fitting(path, layers[path], spec, rule.weight.choices)
+        try:
+            choices = fitting(path, layers[path], spec, rule.weight.choices)
+        except UserError as error:
+            where = f"recipe {recipe.name!r}, rule {recipe.rules.index(rule) + 1}"
+            raise UserError(f"{where}: {error.what}", fix=error.fix) from error
         specs[path] = replace(spec, weight=choices[0])
         if rule.weight.candidates:
             rules[path] = replace(rule, weight=replace(rule.weight, format=choices[0], candidates=choices))

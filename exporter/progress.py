@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:  # rich is imported late: --help must stay fast
 
 T = TypeVar("T")
 PIPED_COLUMNS = 160
+EVERY_SECONDS = 60.0  # between two lines of progress where nobody watches
 
 
 def note(text: str) -> None:
@@ -20,10 +22,17 @@ def note(text: str) -> None:
 
 
 def track(items: Iterable[T], total: int, what: str, *, done: int = 0) -> Iterator[T]:
-    """Yields the items under a progress bar with the time left; without a terminal, one line at the end.
+    """Yields the items under a progress bar with the time left; without a terminal, lines now and then.
 
     `done` of the `total` were done before.
     """
+    if not total:
+        yield from items
+        return
+    console = _console()
+    if not console.is_terminal:
+        yield from _told(items, total, what, done)
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -34,8 +43,24 @@ def track(items: Iterable[T], total: int, what: str, *, done: int = 0) -> Iterat
     )
 
     columns = (TextColumn("{task.description:>28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=_console()) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         yield from progress.track(items, total=total, completed=done, description=what)
+
+
+def _told(items: Iterable[T], total: int, what: str, done: int) -> Iterator[T]:
+    """Yields the items; a line says how far they are once a minute, and one what they took."""
+    started = told = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - told >= EVERY_SECONDS and done + number < total:
+            told, left = now, (now - started) / number * (total - done - number)
+            note(f"{what}: {done + number} of {total}, about {_spelled(left)} left")
+    note(f"{what}: {total} in {_spelled(time.monotonic() - started)}")
+
+
+def _spelled(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def stdout() -> Console:

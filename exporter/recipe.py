@@ -267,9 +267,7 @@ def _rule(table: Any, where: str) -> Rule:
     if weight.format.learned != methods.load(method.name).CODEBOOKS:
         raise UserError(
             f"{where}: method {method.name!r} makes {'no codebooks' if weight.format.learned else 'codebooks only'}",
-            fix='use one that does: { name = "kmeans" }'
-            if weight.format.learned
-            else "name an int or fp format's method",
+            fix=f"use {' or '.join(n for n in methods.names() if weight.format.learned == methods.load(n).CODEBOOKS)}",
         )
     if weight.candidates and not methods.load(method.name).CHOOSES_FORMAT:
         raise UserError(
@@ -362,12 +360,12 @@ def _weight(table: Any, where: str, deployable: bool) -> WeightSpec:
 
 
 def _activation(table: Any, where: str, deployable: bool) -> ActivationSpec:
+    if isinstance(table, Mapping) and table.get("format") == "codebook":
+        raise UserError(f"{where}: codebooks are for weights", fix="use int or fp")
     _known(table, ("format", "observer", "granularity", "zero_point", *_FORMAT_KEYS), where)
     observer = table.get("observer", "absmax")
     if not isinstance(observer, str) or observer not in observers.OBSERVERS:
         raise unknown("observer", str(observer), observers.OBSERVERS, where)
-    if table.get("format") == "codebook":
-        raise UserError(f"{where}: codebooks are for weights", fix="use int or fp")
     candidates = _candidates(table, where, deployable)
     if candidates and deployable:
         raise UserError(

@@ -122,7 +122,9 @@ def options(name: str, values: Mapping[str, Any], where: str) -> Any:
         default = known[key].default
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, (int, float)):
             kind = "true or false" if isinstance(default, bool) else "a number"
-            raise UserError(f"{where}: {key} = {value!r} is not {kind}", fix=f"the default is {default!r}")
+            raise UserError(
+                f"{where}: {key} = {value!r} is not {kind}", fix=f"write {kind}; the default is {default!r}"
+            )
     try:
         made = cls(**values)  # first: it may know the range that is missed
     except UserError as error:
@@ -130,6 +132,7 @@ def options(name: str, values: Mapping[str, Any], where: str) -> Any:
     for key, value in values.items():
         if not math.isfinite(value):
             raise UserError(
-                f"{where}: {key} = {value!r} is no finite number", fix=f"the default is {known[key].default!r}"
+                f"{where}: {key} = {value!r} is no finite number",
+                fix=f"write a number; the default is {known[key].default!r}",
             )
     return made
