@@ -104,7 +104,7 @@ def exported(found, dtype="fp32", seed=0):
     """Traces under fake tensors as `lower` does, folds shapes, and fills the weights of `built(found, seed)` in."""
     unquantized = SimpleNamespace(family=lambda _: found, build=lambda _: found.build().eval())
     with mock.patch.object(trace, "quantized", unquantized), contextlib.redirect_stdout(io.StringIO()):
-        graph = trace.trace(None, dtype)
+        graph = trace.trace(None, dtype, None, "index")
     for value, spec in zip(graph.graph.inputs, found.inputs(), strict=True):
         assert [isinstance(d, int) for d in value.shape] == [isinstance(d, int) for d in spec.shape], spec.name
     FoldConstants()(graph)
