@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from engines import schedule
 from engines.artifacts import Artifact, Json
 from engines.backends import ort
-from exporter import progress, quantized, steps
+from exporter import progress, quantized, step_table, steps
 from exporter.metrics import finite, sqnr_db
 from exporter.modules import QuantizedLayer
 from exporter.ops import codebook
@@ -125,13 +125,18 @@ class LayerGraphs:
         while queue:
             for value in queue.pop().inputs:
                 node = value.producer() if value is not None else None
-                owner = (node.name or "").rpartition("/")[0] if node is not None else ""
-                if node is None or node in found or owner not in self.info["layers"] or node is self._nodes[owner][-1]:
-                    continue  # a layer's last node is its output
-                found.append(node)
-                queue.append(node)
+                if node is not None and node not in found and self._comes_before_codes(node):
+                    found.append(node)
+                    queue.append(node)
         order = {node: i for i, node in enumerate(self._model.graph)}
         return sorted(found, key=order.__getitem__)
+
+    def _comes_before_codes(self, node: ir.Node) -> bool:
+        """Whether a node works for a layer's quantizer: what a layer gives comes after it."""
+        owner = (node.name or "").rpartition("/")[0]
+        own = self._nodes.get(owner, []) if owner in self.info["layers"] else []
+        quantizers = [i for i, n in enumerate(own) if n.op_type == "QuantizeLinear" and not _is_decoded(n.inputs[0])]
+        return bool(quantizers) and own.index(node) < quantizers[0]
 
     def columns(self, path: str, step: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         """Returns what one layer reads of the step table for rows at `step`."""
@@ -151,9 +156,20 @@ def _columns(values: set[ir.Value]) -> dict[ir.Value, int]:
     found = {}
     for value in values:
         node, index = value.producer(), value.index()
-        if node is not None and index is not None and node.op_type == "Split" and "/" not in (node.name or ""):
+        if node is not None and index is not None and node.op_type == "Split" and _is_row(node.inputs[0]):
             found[value] = index
     return found
+
+
+def _is_row(value: ir.Value | None) -> bool:
+    """Whether a value is the step table's row: gathered by the step, or the graph's input."""
+    assert value is not None
+    node = value.producer()
+    return (
+        value.name == schedule.ROW
+        if node is None
+        else any(one is not None and one.name == step_table.NAME for one in node.inputs)
+    )
 
 
 def _up_to_codes(nodes: Sequence[ir.Node]) -> list[ir.Node]:

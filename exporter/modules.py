@@ -51,7 +51,8 @@ class QuantizedLayer(nn.Module):
         self._decoded: torch.Tensor | None = None
         self.axis = channel_axis(source, spec)
         # TensorRT-RTX has no convolution of INT4 weights beside INT8 inputs: there they are looked up, as INT8.
-        short = self.conv is not None and spec.activation is not None and spec.weight.onnx_type == "INT4"
+        integers = spec.weight.native and spec.weight.onnx_type == "INT4"
+        short = self.conv is not None and spec.activation is not None and integers
         self.looked_up = short or not spec.weight.native
         self._register_weight(oriented_shape(source, spec))
         if spec.activation and self.looked_up:

@@ -69,10 +69,11 @@ def test_a_phase_that_does_harm_is_taken_back(tmp_path):
     assert torch.equal(block.weight, before)
 
 
-def test_a_phase_that_ends_in_nan_is_taken_back(tmp_path):
-    block, chunks, before = problem()
-    train(Held(block, *chunks), [Worse(block, float("inf"))], 16, "test", tmp_path)
-    assert torch.equal(block.weight, before)
+def test_a_loss_that_is_no_number_stops_the_training_and_says_where(tmp_path):
+    block, chunks, _ = problem()
+    with pytest.raises(UserError, match="test: fit: the loss is nan at iteration 2 of 3") as caught:
+        train(Held(block, *chunks), [Worse(block, float("inf"))], 16, "test", tmp_path)
+    assert caught.value.keeps  # what other blocks have is not lost
 
 
 def test_a_phase_that_only_fits_what_it_trained_on_is_taken_back(tmp_path):
