@@ -27,6 +27,17 @@ def key(paths: Sequence[str]) -> str:
     return "+".join(paths)
 
 
+def groups(paths: Sequence[str], folds: Sequence[Fold], *, multiply: bool) -> list[tuple[str, ...]]:
+    """Returns the layers among `paths` that get a factor together: readers of a fold; with `multiply`, others alone."""
+    wanted = dict.fromkeys(paths)
+    # A fold needs all its readers: where another rule has one of them, its float input must stay as it is.
+    found = [fold.consumers for fold in folds if wanted.keys() >= set(fold.consumers)]
+    for group in found:
+        for path in group:
+            del wanted[path]
+    return found + [(path,) for path in wanted] if multiply else found
+
+
 def apply(model: nn.Module, folds: Sequence[Fold], factors: Factors) -> list[str]:
     """Applies factors to a float model in place; returns the layers that multiply their own input."""
     known = {key(fold.consumers): fold for fold in folds}

@@ -81,16 +81,8 @@ def factors(
 ) -> dict[str, torch.Tensor]:
     if not options.dilate:
         return {}
-    wanted = dict.fromkeys(paths)
-    # A fold needs all its readers: where another rule has one of them, its float input must stay as it is.
-    groups = [fold.consumers for fold in folds if wanted.keys() >= set(fold.consumers)]
-    for group in groups:
-        for path in group:
-            del wanted[path]
-    if options.multiply:
-        groups += [(path,) for path in wanted]
     found = {}
-    for group in groups:
+    for group in scaling.groups(paths, folds, multiply=options.multiply):
         layers = [float_layer(model, path) for path in group]
         factor = torch.stack([dilation(layer.weight, getattr(layer, "groups", 1)) for layer in layers]).amin(dim=0)
         if bool((factor > 1).any()):

@@ -51,16 +51,8 @@ def factors(
     channel_absmax: Mapping[str, torch.Tensor],
     options: Options,
 ) -> dict[str, torch.Tensor]:
-    wanted = dict.fromkeys(paths)
-    # A fold needs all its readers: where another rule has one of them, its float input must stay as it is.
-    groups = [fold.consumers for fold in folds if wanted.keys() >= set(fold.consumers)]
-    for group in groups:
-        for path in group:
-            del wanted[path]
-    if options.multiply:
-        groups += [(path,) for path in wanted]
     found = {}
-    for group in groups:
+    for group in scaling.groups(paths, folds, multiply=options.multiply):
         largest = torch.stack([channel_weight_max(float_layer(model, path).weight) for path in group]).amax(dim=0)
         # Readers of one tensor saw the same; those of a joint attention's two halves did not.
         seen = torch.stack([channel_absmax[path] for path in group]).amax(dim=0)
