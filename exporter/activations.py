@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from calib_data.store import CalibrationSet
-from exporter import observers
+from exporter import observers, progress
 from exporter.attention import PointSpec
 from exporter.models import Family
 from exporter.plan import Plan
@@ -111,6 +111,9 @@ def observe(
     elif rules:
         watch_inputs(model, family, list(rules), data, see, "activation ranges")
     table.share(readers.leader)
+    untold = [path for path, rule in rules.items() if rule.granularity == "step" and not table.told(path)]
+    if untold:
+        progress.note(f"note: {len(untold)} layers read rows of no step, and have one scale: {untold[0]!r} …")
     states: dict[str, State] = {}
     specs, points = dict(plan.specs), {}
     for path, rule in rules.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -222,7 +222,3 @@ def quantize_points(model: nn.Module, specs: Mapping[str, PointSpec]) -> None:
 
 def quantized_points(model: nn.Module) -> dict[str, QuantizedPoint]:
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantizedPoint)}
-
-
-def point_of(model: nn.Module, path: str) -> QuantizedPoint:
-    return cast(QuantizedPoint, model.get_submodule(path))

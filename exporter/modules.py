@@ -17,12 +17,8 @@ from exporter.tensors import CodebookTensor, QuantizedTensor, fake_quantize, tim
 
 ZERO_POINTS = ("weight_zero_point", "channel_zero_point", "activation_zero_point")  # always zero
 UNITS = ("activation_unit", "activation_wide_unit")
-DERIVED = (
-    *ZERO_POINTS,
-    *UNITS,
-    "weight_table",
-    "weight_unit",
-)  # what graphs need and a layer's spec says: files hold none
+# What graphs need and the rest of a layer says: files hold none.
+DERIVED = (*ZERO_POINTS, *UNITS, "weight_table", "weight_unit")
 
 
 class QuantizedLayer(nn.Module):
@@ -60,9 +56,8 @@ class QuantizedLayer(nn.Module):
             self.register_buffer("weight_unit", torch.empty(()), persistent=False)
             zero = torch.zeros((), dtype=spec.activation.carrier)
             self.register_buffer("weight_zero_point", zero, persistent=False)
-            if (
-                short and spec.granularity == "channel"
-            ):  # ONNX Runtime gives the weight that of the unit where it has none
+            if short and spec.granularity == "channel":
+                # without one of its own ONNX Runtime gives the weight that of the unit, which is a scalar
                 zeros = torch.zeros(self.weight_shape[0], dtype=torch.int8)
                 self.register_buffer("channel_zero_point", zeros, persistent=False)
         if spec.multiplied:
