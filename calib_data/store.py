@@ -43,6 +43,13 @@ class CalibrationSet:
     def shards(self) -> list[str]:
         return sorted(self.artifact.files("shard-"))
 
+    def first(self, trajectories: int | None) -> list[str]:
+        """Returns the shards that hold the first `trajectories`, whole ones; all where it is None."""
+        shards = self.shards
+        if trajectories is None:
+            return shards
+        return shards[: -(-len(shards) * trajectories // self.artifact.info["samples"])]
+
     def read(self, shard: str, steps: Sequence[int] | None = None) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Yields (step, feeds) of one shard, opened once, one record in memory at a time."""
         with safe_open(self.artifact.file(shard), framework="pt") as handle:

@@ -78,12 +78,12 @@ class Stepped:
 
 
 def observe(
-    model: nn.Module, family: Family, plan: Plan, data: CalibrationSet
+    model: nn.Module, family: Family, plan: Plan, data: CalibrationSet, *, trajectories: int | None = None
 ) -> tuple[Plan, dict[str, State], Ranges]:
     """Returns what the quantizers of layers' inputs and of attentions' points hold, and the ranges seen.
 
-    Readers of one tensor get the same tensors. The plan says how many steps have a scale, and has the formats that were
-    chosen where a rule leaves them open.
+    Of the first `trajectories`, or of all. Readers of one tensor get the same tensors. The plan says how many steps
+    have a scale, and has the formats that were chosen where a rule leaves them open.
     """
     rules = {path: rule.activation for path, rule in plan.rules.items() if path in plan.specs and rule.activation}
     rules |= plan.products
@@ -107,9 +107,9 @@ def observe(
                 one.finish(step)
 
     if any(rule.granularity == "step" for rule in rules.values()):
-        watch_by_step(model, family, list(rules), data, see, after, "activation ranges")
+        watch_by_step(model, family, list(rules), data, see, after, "activation ranges", trajectories=trajectories)
     elif rules:
-        watch_inputs(model, family, list(rules), data, see, "activation ranges")
+        watch_inputs(model, family, list(rules), data, see, "activation ranges", trajectories=trajectories)
     table.share(readers.leader)
     untold = [path for path, rule in rules.items() if rule.granularity == "step" and not table.told(path)]
     if untold:

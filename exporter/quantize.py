@@ -57,10 +57,11 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         reference = _feeds(data)
         _add_outputs(reference, "float", TorchRunner("float", model, family))
         plan = plan_layers(model, family, recipe)
-        factors = _factors(model, family, plan, data)
+        among = recipe.calibration.range_samples
+        factors = _factors(model, family, plan, data, among)
         plan = plan.multiplying(scaling.apply(model, family.folds(model), factors))
         training = prepare(model, family, plan, data, draft.path / BLOCKS)
-        plan, activations, seen = observe(model, family, plan, data)
+        plan, activations, seen = observe(model, family, plan, data, trajectories=among)
         start = Start(_weights_by_inputs(model, family, plan, data), activations)
         plan = swap_layers(model, family, plan, start, training)
         quantized.save(model, draft.path)
@@ -90,7 +91,9 @@ def _check_recorded_for(checkpoint: Checkpoint, calibration: Artifact) -> None:
         )
 
 
-def _factors(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet) -> dict[str, torch.Tensor]:
+def _factors(
+    model: nn.Module, family: Family, plan: Plan, data: CalibrationSet, trajectories: int | None
+) -> dict[str, torch.Tensor]:
     """Asks each method for the factors that it wants to move between activations and weights."""
     groups: dict[Any, list[str]] = {}
     for path in plan.specs:
@@ -98,13 +101,14 @@ def _factors(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet)
     found: dict[str, torch.Tensor] = {}
     for spec, paths in groups.items():
         method = methods.load(spec.name)
-        channel_absmax = _channel_absmax(model, family, paths, data) if method.NEEDS_CHANNEL_ABSMAX else {}
+        wanted = method.NEEDS_CHANNEL_ABSMAX
+        channel_absmax = _channel_absmax(model, family, paths, data, trajectories) if wanted else {}
         found |= method.factors(model, paths, family.folds(model), channel_absmax, spec.options)
     return found
 
 
 def _channel_absmax(
-    model: nn.Module, family: Family, paths: Sequence[str], data: CalibrationSet
+    model: nn.Module, family: Family, paths: Sequence[str], data: CalibrationSet, trajectories: int | None
 ) -> dict[str, torch.Tensor]:
     """Returns the largest magnitude of every input channel of the layers among `paths`, over all steps."""
     largest: dict[str, torch.Tensor] = {}
@@ -115,7 +119,7 @@ def _channel_absmax(
         seen = channels_last.abs().flatten(0, -2).amax(dim=0)
         largest[path] = torch.maximum(largest[path], seen) if path in largest else seen
 
-    watch_inputs(model, family, paths, data, see, "input channels")
+    watch_inputs(model, family, paths, data, see, "input channels", trajectories=trajectories)
     return largest
 
 

@@ -118,8 +118,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class CalibrationSpec:
+    """Trajectories to record, at which steps (None: all), and how many of them ranges are taken from (None: all)."""
+
     samples: int = 64
     record_steps: tuple[int, ...] | None = None
+    range_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -231,14 +234,20 @@ def parse(name: str, source: Mapping[str, Any], given_as: str | None = None) -> 
 
 
 def _calibration(table: Mapping[str, Any], where: str) -> CalibrationSpec:
-    _known(table, ("samples", "record_steps"), where)
+    _known(table, ("samples", "record_steps", "range_samples"), where)
     samples = _integer(table, "samples", where, default=64, least=1)
+    ranges = _integer(table, "range_samples", where, default=samples, least=1) if "range_samples" in table else None
+    if ranges is not None and ranges > samples:
+        raise UserError(
+            f"{where}: range_samples = {ranges}, and {samples} samples are recorded",
+            fix="write at most as many, or leave it out",
+        )
     steps = table.get("record_steps")
     if steps is None:
-        return CalibrationSpec(samples)
+        return CalibrationSpec(samples, None, ranges)
     if not isinstance(steps, list) or not steps or not all(type(s) is int and s >= 0 for s in steps):
         raise UserError(f"{where}: record_steps = {steps!r}", fix="write a list of steps, e.g. [0, 5]")
-    return CalibrationSpec(samples, tuple(sorted(set(steps))))
+    return CalibrationSpec(samples, tuple(sorted(set(steps))), ranges)
 
 
 def _rule(table: Any, where: str) -> Rule:

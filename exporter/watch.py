@@ -63,9 +63,7 @@ def watch_inputs(
     trajectories: int | None = None,
 ) -> None:
     """Runs calibration records through the model: all, or those of the first `trajectories`, by whole shards."""
-    shards = list(data.shards)
-    if trajectories:
-        shards = shards[: -(-len(shards) * trajectories // data.artifact.info["samples"])]
+    shards = data.first(trajectories)
     with watching(model, family, paths, see) as run:
         for shard in progress.track(shards, len(shards), f"observing {what}"):
             for feeds in data.batches(shards=[shard], rows=family.rows(ROWS)):
@@ -80,11 +78,14 @@ def watch_by_step(
     see: See,
     after: Callable[[int], None],
     what: str,
+    *,
+    trajectories: int | None = None,
 ) -> None:
-    """Runs all calibration records through the model, a step at a time; `after` is told each step that is done."""
+    """Runs calibration records through the model, a step at a time; `after` is told each step that is done."""
+    shards = data.first(trajectories)
     with watching(model, family, paths, see) as run:
         for step in progress.track(data.steps, len(data.steps), f"observing {what} (steps)"):
-            for shard in data.shards:
+            for shard in shards:
                 ((_, feeds),) = data.read(shard, [step])
                 rows = family.rows(ROWS)
                 for first in range(0, len(feeds["step"]), rows):

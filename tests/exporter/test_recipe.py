@@ -230,6 +230,11 @@ def test_calibration_is_read_and_its_steps_are_put_in_order(load):
     assert made.calibration == CalibrationSpec(samples=3, record_steps=(0, 2, 5))
 
 
+def test_ranges_may_be_taken_from_a_part_of_the_trajectories(load):
+    made = load(calibration("samples = 3\nrange_samples = 2"))
+    assert made.calibration == CalibrationSpec(samples=3, range_samples=2)
+
+
 BAD = {
     # unknown names, at each level: the message has the name, the fix the close one
     "key of the file": (
@@ -320,6 +325,8 @@ BAD = {
     ),
     "samples of zero": (calibration("samples = 0"), "samples = 0", "at least 1"),
     "samples below zero": (calibration("samples = -1"), "samples = -1", "at least 1"),
+    "ranges of none": (calibration("range_samples = 0"), "range_samples = 0", "at least 1"),
+    "ranges of more than there are": (calibration("samples = 3\nrange_samples = 4"), "range_samples = 4", "at most"),
     "samples as a word": (calibration('samples = "many"'), "samples = 'many'", "whole number"),
     "no steps": (calibration("record_steps = []"), "record_steps", "[0, 5]"),
     "steps below zero": (calibration("record_steps = [-1]"), "record_steps", "[0, 5]"),
