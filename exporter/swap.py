@@ -7,7 +7,7 @@ found again by a run after a kill.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from exporter.models import Family
 from exporter.modules import SteppedLayer, float_layer, put, quantized_layer
 from exporter.plan import Plan
 from exporter.samples import CHUNK, Samples
-from exporter.specs import LayerSpec, channel_axis, oriented
+from exporter.specs import FloatLayer, LayerSpec, channel_axis, oriented
 from exporter.tensors import CodebookTensor, QuantizedTensor
 
 CHOICE = "weight_choice"  # beside a layer's buffers: which of the formats to choose from
@@ -93,8 +93,8 @@ class Training:
 
 def prepare(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet, folder: Path) -> Training:
     """Records the float model's outputs for all that is trained: first, since disk and rules may fall short there."""
-    scopes = list(_scopes(model, family, plan))
-    return Training(scopes, _record(model, family, plan, scopes, data, folder) if scopes else None, folder)
+    found = list(scopes(model, family, plan))
+    return Training(found, _record(model, family, plan, found, data, folder) if found else None, folder)
 
 
 def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, training: Training) -> Plan:
@@ -126,7 +126,7 @@ def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, trai
     return replace(plan, specs={path: specs[path] for path in plan.specs})
 
 
-def _scopes(model: nn.Module, family: Family, plan: Plan) -> Iterator[Scope]:
+def scopes(model: nn.Module, family: Family, plan: Plan) -> Iterator[Scope]:
     """Yields what is trained together, in the order in which blocks run; what is trained jointly comes first."""
     blocks: dict[str, list[str]] = {}
     trained = {}
@@ -177,43 +177,59 @@ def _record(
     return samples
 
 
+@dataclass(frozen=True)
+class Learners:
+    """A scope's layers and points while they train, by path, and what is known of its layers that do not.
+
+    `sources`: the float layers they stand for, without their weights; `chosen`: each layer's format, by number.
+    """
+
+    sources: Mapping[str, FloatLayer]
+    layers: dict[str, Any] = field(default_factory=dict)
+    points: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, State] = field(default_factory=dict)
+    chosen: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def put_learners(model: nn.Module, scope: Scope, plan: Plan, start: Start) -> Learners:
+    """Puts what trains, and a scope's other quantized layers, where float ones were, whose weights go."""
+    found = Learners({path: float_layer(model, path) for path in scope.paths})
+    for path in scope.points:
+        found.points[path] = scope.method.point(plan.points[path], start.activations[path])
+        put(model, path, found.points[path])
+    for path, source in progress.track(found.sources.items(), len(scope.paths), "choosing codes (layers)"):
+        tensor = start.weight(model, path, plan)
+        spec = replace(plan.specs[path], weight=tensor.format)
+        found.chosen[path] = torch.tensor(plan.choices(path).index(tensor.format))
+        method, options = plan.method(path)
+        if method.TRAINS:
+            found.layers[path] = method.layer(source, spec, tensor, start.activations.get(path, {}), options)
+            put(model, path, found.layers[path])
+        else:
+            found.state[path] = start.state(path, tensor)
+            _put_quantized(model, path, spec, found.state[path])
+        source.weight = nn.Parameter(source.weight.to("meta"), requires_grad=False)
+    return found
+
+
 def _trained(model: nn.Module, family: Family, scope: Scope, plan: Plan, start: Start, training: Training) -> State:
     """Trains a scope and returns the buffers of its quantized layers; layers without a weight are left in the model."""
     samples, work = training.samples, training.folder
     assert samples is not None  # there is a scope
-    sources = {path: float_layer(model, path) for path in scope.paths}
-    learners: dict[str, Any] = {}
-    state: dict[str, State] = {}
-    chosen: dict[str, torch.Tensor] = {}
-    points = {path: scope.method.point(plan.points[path], start.activations[path]) for path in scope.points}
-    for path, point in points.items():
-        put(model, path, point)
-    for path in progress.track(scope.paths, len(scope.paths), "choosing codes (layers)"):
-        tensor = start.weight(model, path, plan)
-        spec = replace(plan.specs[path], weight=tensor.format)
-        chosen[path] = torch.tensor(plan.choices(path).index(tensor.format))
-        method, options = plan.method(path)
-        if method.TRAINS:
-            learners[path] = method.layer(sources[path], spec, tensor, start.activations.get(path, {}), options)
-            put(model, path, learners[path])
-        else:
-            state[path] = start.state(path, tensor)
-            _put_quantized(model, path, spec, state[path])
-        sources[path].weight = nn.Parameter(sources[path].weight.to("meta"), requires_grad=False)
+    learners = put_learners(model, scope, plan, start)
     calls: reconstruct.Calls
     if scope.options.joint:
         calls = reconstruct.ModelCalls(model, family, scope.blocks, samples, work)
     else:
         hold = scope.options.hold_mb << 20
         calls = reconstruct.BlockCalls(model, family, scope.blocks[0], samples, work, hold=hold)
-    phases = scope.method.phases([*learners.values(), *points.values()], scope.options)
+    phases = scope.method.phases([*learners.layers.values(), *learners.points.values()], scope.options)
     reconstruct.train(calls, phases, scope.options.batch, f"training {scope.name}", work / scope.name)
-    state |= {path: learner.state() for path, learner in learners.items()}
-    for path, source in sources.items():
+    state = learners.state | {path: one.state() for path, one in (learners.layers | learners.points).items()}
+    for path, source in learners.sources.items():
         put(model, path, source)
-    state |= {path: point.state() for path, point in points.items()}
     found = {f"{path}.{leaf}": tensor for path, leaves in state.items() for leaf, tensor in leaves.items()}
-    return found | {f"{path}.{CHOICE}": number for path, number in chosen.items()}
+    return found | {f"{path}.{CHOICE}": number for path, number in learners.chosen.items()}
 
 
 def _put_point(model: nn.Module, path: str, plan: Plan, state: State) -> None:

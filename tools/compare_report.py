@@ -64,11 +64,16 @@ def write_report(results: Path, document: Path) -> None:
         plot(folder.name, found, folder / "psnr.png")
         if (grids := folder / "grids.json").exists():
             plot_grids(folder.name, read_json(grids), folder / "grids.png")
-    text = document.read_text(encoding="utf-8") if document.exists() else f"{BEGIN}\n{END}\n"
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise click.ClickException(f"{document}: has not one line {BEGIN} and after it one {END}; write them")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    document.write_text(f"{before}{BEGIN}\n" + "\n".join(parts) + f"{END}{after}", encoding="utf-8")
+    put_between(document, BEGIN, END, "\n".join(parts))
+
+
+def put_between(document: Path, begin: str, end: str, lines: str) -> None:
+    """Replaces what stands between two marks of a document; a document that is not there is made of it."""
+    text = document.read_text(encoding="utf-8") if document.exists() else f"{begin}\n{end}\n"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise click.ClickException(f"{document}: has not one line {begin} and after it one {end}; write them")
+    before, after = text.partition(begin)[0], text.partition(end)[2]
+    document.write_text(f"{before}{begin}\n{lines}{end}{after}", encoding="utf-8")
 
 
 def read_cells(folder: Path) -> dict[str, Json]:
