@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from engines import artifacts, backends, schedule
@@ -21,6 +22,11 @@ from engines.version import code_version
 FAULT = 2  # the worker's exit code for a fault of the user's, told as JSON on its last line
 
 
+def points_as_layers(types: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
+    """Returns an attention's points, path → type multiplied, as a backend's `check` takes layers."""
+    return {path: {"weight": None, "activation": kind} for path, kind in types.items()}
+
+
 def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, decode: str | None = None) -> Artifact:
     """Builds `graph` for a backend and a target; returns what lies in `out` already if nothing changed.
 
@@ -29,7 +35,7 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, d
     """
     module = backends.load(backend)
     target, way = module.resolve_gpu(gpu), backends.resolve_decode(backend, decode)
-    module.check(graph.info["layers"], target)
+    module.check(graph.info["layers"] | points_as_layers(graph.info["points"]), target)
     versions = {"export_engine": code_version(), **module.fingerprint()}
     settings = {"backend": backend, "gpu": target, "decode": way}
     request = Request("engine", {"graph": graph.digest}, settings, versions)

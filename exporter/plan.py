@@ -50,9 +50,9 @@ class Plan:
         return replace(self, specs=dict(self.specs) | {p: replace(self.specs[p], multiplied=True) for p in paths})
 
 
-def layer_specs(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, LayerSpec]:
+def plan_of(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Returns how a recipe would quantize a model, from its shapes alone."""
-    return dict(plan_layers(checkpoint.skeleton(), checkpoint.family, recipe).specs)
+    return plan_layers(checkpoint.skeleton(), checkpoint.family, recipe)
 
 
 def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:

@@ -10,14 +10,15 @@ from typing import Any
 
 from engines import artifacts, backends
 from engines.artifacts import Artifact, Json, digest_file
-from engines.build import build
+from engines.build import build, points_as_layers
 from engines.errors import UserError
 from exporter import bench, damage, progress
+from exporter.attention import PointSpec
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
 from exporter.layers import compare_layers
 from exporter.lower import check_deployable, lower
-from exporter.plan import layer_specs
+from exporter.plan import plan_of
 from exporter.quantize import quantize
 from exporter.recipe import Recipe
 from exporter.run_folder import Run, locked, remove_stale
@@ -129,9 +130,10 @@ def _target(name: str, gpu: str | None, dtype: str | None, decode: str | None) -
 
 def preflight(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target]) -> None:
     """Refuses now what a later stage would refuse after minutes or hours."""
-    specs = layer_specs(checkpoint, recipe)
-    check_deployable({path: spec.to_json() for path, spec in specs.items()}, f"recipe {recipe.name!r}")
-    kinds = {path: spec.engine_types for path, spec in specs.items()}
+    plan = plan_of(checkpoint, recipe)
+    check_deployable({path: spec.to_json() for path, spec in plan.specs.items()}, f"recipe {recipe.name!r}")
+    kinds = {path: spec.engine_types for path, spec in plan.specs.items()}
+    kinds |= points_as_layers({path: PointSpec(rule.format).engine_type for path, rule in plan.products.items()})
     for target in targets:
         backends.load(target.backend).check(kinds, target.gpu)
 

@@ -14,7 +14,7 @@ from engines.errors import UserError
 
 @pytest.fixture
 def graph(tmp_path):
-    return Artifact(tmp_path, {"digest": "0" * 64, "info": {"layers": {}, "dtype": "fp16"}, "files": {}})
+    return Artifact(tmp_path, {"digest": "0" * 64, "info": {"layers": {}, "points": {}, "dtype": "fp16"}, "files": {}})
 
 
 def worker(monkeypatch, script):

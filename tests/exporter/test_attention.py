@@ -19,6 +19,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.formats.int import Format as Int
 from exporter.models import family_of
 from exporter.quantize import quantize
+from exporter.run import Target, preflight
 
 PRODUCTS = {"layers": "*", "type": "attention", "activation": {"format": "int", "bits": 8}}
 KEEP = {"layers": "*", "keep": "float"}
@@ -132,3 +133,14 @@ def test_a_rule_that_matches_no_attention_is_an_error(tiny, tmp_path):
     with pytest.raises(UserError, match=r"rule 1.*'transformer_blocks\.7\.\*'.*matches none") as caught:
         quantize(checkpoint, asked, calibration, tmp_path / "out")
     assert "attn1" in caught.value.fix
+
+
+def test_a_gpu_without_the_type_of_the_products_is_refused_before_anything_is_calibrated():
+    number = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
+    products = {"layers": "*", "type": "attention", "activation": number}
+    weights = {"layers": "*", "weight": {"format": "int", "bits": 8}}
+    asked = recipe.parse("mine", {"rule": [products, weights]})
+    targets = [Target("trt-rtx", gpu, "fp16", None) for gpu in ("sm89", "sm80")]
+    preflight(open_checkpoint("digits-dit"), asked, targets[:1])
+    with pytest.raises(UserError, match=r"products\.query' is fp8, which sm80 has no hardware for"):
+        preflight(open_checkpoint("digits-dit"), asked, targets[1:])

@@ -9,7 +9,7 @@ from exporter import recipe
 from exporter.checkpoint import open_checkpoint
 from exporter.formats.fp import Format as Fp
 from exporter.formats.int import Format as Int
-from exporter.plan import layer_specs
+from exporter.plan import plan_of
 from exporter.recipe import CalibrationSpec, WeightSpec
 from exporter.specs import LayerFacts
 
@@ -198,7 +198,7 @@ def test_shipped_recipes_keep_convolutions_that_no_kernel_gains_from(name):
 @pytest.mark.parametrize("model", ["digits-dit", "shapes-unet"])
 def test_every_shipped_recipe_fits_every_shipped_model(name, model):
     checkpoint = open_checkpoint(model)
-    specs = layer_specs(checkpoint, recipe.load(name))
+    specs = plan_of(checkpoint, recipe.load(name)).specs
     assert (len(specs) > 30) == (name != "fp16")
 
 
