@@ -62,6 +62,10 @@ class Phase(ABC):
     def train(self, training: bool) -> None:  # noqa: B027  nor to tell apart
         """Told True before the iterations, False after: what ships is in force then."""
 
+    def facts(self) -> Json:
+        """Returns what else reports say of what was trained, after the iterations."""
+        return {}
+
 
 class _Reached(Exception):
     """The block that was waited for was called."""
@@ -289,9 +293,10 @@ def train(calls: Calls, phases: Sequence[Phase], batch: int, what: str, folder: 
         phase.train(False)
         error = calls.error()
         kept = error <= saved.error  # NaN is no gain
+        found = {"iterations": phase.iterations, "error_before": saved.error, "error_after": error, "kept": kept}
+        found |= phase.facts()
         if not kept:
             _set(parameters, saved.before or [])
-        found = {"iterations": phase.iterations, "error_before": saved.error, "error_after": error, "kept": kept}
         _note(folder, phase.name, found)
     saved.remove()
 

@@ -62,7 +62,7 @@ def main(
         asked = {"model": checkpoint.digest, "samples": samples, "held_out": held_out, "seed": seed}
         write_json(results / f"{checkpoint.name}.json", {"request": asked, "layers": list(rows.values())})
     found = {path.stem: read_json(path)["layers"] for path in sorted(results.glob("*.json"))}
-    put_between(document, BEGIN, END, "\n".join(line for name, rows in found.items() for line in section(name, rows)))
+    put_between(document, BEGIN, END, sections(found))
 
 
 def measured(
@@ -126,10 +126,15 @@ class Errors:
         return found
 
 
+def sections(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Returns what stands between the document's marks."""
+    return "\n".join(line for model, layers in found.items() for line in section(model, layers))
+
+
 def section(model: str, layers: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a model's part of the document."""
     moving = sorted((row for row in layers if row["varies"] > VARIES), key=lambda row: -row["varies"])
-    lines = [f"### {model}", "", f"{len(moving)} of {len(layers)} layers vary more than {VARIES:g} times."]
+    lines = [f"### {model}", "", f"{len(moving)} of {len(layers)} layers vary more than {VARIES:g} times.", ""]
     for bits in SETTINGS:
         found = [row[f"int{bits}"] for row in moving if f"int{bits}" in row]
         gains = [(gain(row), apart(row["one"], row["each"])) for row in found]
@@ -137,7 +142,7 @@ def section(model: str, layers: Sequence[Mapping[str, Any]]) -> list[str]:
         worse = [g for g, intervals in gains if g < 0 and intervals == "apart"]
         overlap = len(found) - len(better) - len(worse)
         lines.append(
-            f"INT{bits}: a scale for each step lowers the output's error, intervals apart, in {len(better)} of "
+            f"- INT{bits}: a scale for each step lowers the output's error, intervals apart, in {len(better)} of "
             f"{len(found)} of them, raises it in {len(worse)}; in {overlap} intervals overlap."
         )
     head = ["layer", "varies", *(f"INT{bits}: error, dB, one scale → each step" for bits in SETTINGS)]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engines.artifacts import Json
 from engines.errors import UserError
 from exporter import progress, scaling, steps
 from exporter.activations import LEAST_SCALE
@@ -260,9 +261,11 @@ class _Distillation(Phase):
         for one in self._learners:
             one.clamp()
 
-    def train(self, training: bool) -> None:
+    def facts(self) -> Json:
+        """Returns how many scales of activations ended at the least there is; says so where there are any."""
         count = sum(one.at_the_least for one in self._learners)
-        if count and not training:
+        if count:
             progress.note(
                 f"note: training drove {count} scales of activations to the least there is, {LEAST_SCALE:.3g}"
             )
+        return {"scales_at_the_least": count}

@@ -139,11 +139,11 @@ def row(setting, method, psnr, *, lost=0.0, frechet=0.01):
     return {f"{setting}.channel.{method}": {"cell": cell, "images": 9, "bits_per_weight": 4.0, "task": task, **scores}}
 
 
-def claims(*rows):
+def claims(*rows, model="m"):
     found = {}
     for one in rows:
         found |= one
-    return compare_report.claims(found)
+    return compare_report.claims(model, found)
 
 
 def test_a_bar_that_is_missed_is_said_to_be():
@@ -160,6 +160,16 @@ def test_intervals_that_overlap_are_not_called_apart():
     far = claims(row("e2m1-fp8", "rtn", 30.0), row("int4-int8", "rtn", 32.0))
     assert near[0].endswith("integers ahead, the intervals overlap (channel ranges)")
     assert far[0].endswith("integers ahead, the intervals apart (channel ranges)")
+
+
+def test_dilatequant_is_held_against_the_best_of_the_others_and_its_bar():
+    rows = row("w4a4", "dilatequant", 30.4), row("w4a4", "one-scale", 24.0), row("w4a4", "distilled", 32.0)
+    told = claims(*rows, model="digits-dit")
+    assert told[0] == "**does not hold**: w4a4 dilatequant: 29.9 dB PSNR at least (bar 30)"
+    assert told[1].startswith("**does not hold**: w4a4 dilatequant 30.4 dB")
+    assert "(distilled, -1.60 dB, the intervals apart)" in told[1]
+    assert told[2] == "w4a4 distilled against one scale: +8.00 dB, the intervals apart"
+    assert len(claims(*rows)) == 2  # another model has no bar
 
 
 def test_the_document_says_what_the_committed_cells_say(tmp_path):

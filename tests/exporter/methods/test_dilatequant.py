@@ -71,7 +71,7 @@ def test_zero_points_learn_where_values_are_clipped():
     assert (layer.shift.grad != 0).all()
 
 
-def test_scales_stay_at_their_least_and_zero_points_among_the_codes():
+def test_scales_stay_at_their_least_and_zero_points_among_the_codes(capsys):
     _, layer = layer_of(shifted=True)
     (phase,) = dilatequant.phases([layer], layer_options())
     with torch.no_grad():
@@ -82,6 +82,8 @@ def test_scales_stay_at_their_least_and_zero_points_among_the_codes():
     assert state["activation_scale"].tolist() == [LEAST_SCALE] * 3
     assert state["activation_shift"].tolist() == [-8.0, 0.0, 7.0]
     assert layer.at_the_least == 3
+    assert phase.facts() == {"scales_at_the_least": 3}
+    assert "3 scales of activations to the least there is" in capsys.readouterr().err
 
 
 def layer_options(**options):
@@ -128,7 +130,7 @@ def test_training_brings_the_outputs_nearer(joint, tiny, tmp_path, monkeypatch):
     assert [(one["error_before"], one["error_after"]) for one in told] == list(
         zip(errors[::2], errors[1::2], strict=True)
     )
-    assert all(one["kept"] and one["iterations"] == 30 for one in told)
+    assert all(one["kept"] and one["iterations"] == 30 and one["scales_at_the_least"] == 0 for one in told)
     assert [one["name"] for one in source.info["recipe"]["methods"]] == ["dilatequant"]
     assert source.info["recipe"]["methods"][0]["options"]["rows"] == 32
     layers = quantized.quantized_layers(quantized.load(source))
