@@ -94,6 +94,8 @@ def method_lines(methods: Sequence[Json], training: Mapping[str, Json]) -> list[
             f"training of {phase}: relative error {before:.3g} → {after:.3g} on trajectories kept apart, "
             f"kept in {kept} of {len(rows)}"
         )
+        if least := sum(row.get("scales_at_the_least", 0) for row in rows):
+            found[-1] += f"; {least} scales of activations ended at the least there is"
     return found
 
 

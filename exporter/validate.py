@@ -115,11 +115,15 @@ def _layers_agree(run: Run, dtype: str) -> bool:
 def lowering_rows(
     runner: Runner, engine: Artifact, reference: Mapping[str, torch.Tensor], rows: int = REFERENCE_ROWS
 ) -> list[Json]:
-    """Compares an engine with the quantized PyTorch model on the reference feeds, beside the rounding floor."""
+    """Compares an engine with the quantized PyTorch model on the reference feeds, beside the rounding floor.
+
+    An engine that is told the step is run on rows of all steps mixed; `per_step_rows` runs it on one step's at a time.
+    """
     found = []
-    dtype = engine.info["dtype"]
-    for step in reference_steps(reference):
-        output = run_feeds(runner, reference, step, rows)
+    dtype, steps = engine.info["dtype"], reference_steps(reference)
+    mixed = run_mixed(runner, reference, rows) if engine.info["graph"]["step_input"] else {}
+    for step in steps:
+        output = mixed[step] if mixed else run_feeds(runner, reference, step, rows)
         expected = reference[f"{step}/quantized"]
         found.append(
             {
@@ -159,6 +163,15 @@ def per_step_rows(
 def run_feeds(runner: Runner, reference: Mapping[str, torch.Tensor], step: int, rows: int) -> torch.Tensor:
     feeds = {name: value.numpy() for name, value in reference_feeds(reference, step).items()}
     return in_chunks(runner.run, feeds, rows)
+
+
+def run_mixed(runner: Runner, reference: Mapping[str, torch.Tensor], rows: int) -> dict[int, torch.Tensor]:
+    """Runs every step's feeds, a row of each in turn; returns each step's outputs."""
+    steps = reference_steps(reference)
+    each = [reference_feeds(reference, step) for step in steps]
+    feeds = {name: torch.stack([one[name] for one in each], dim=1).flatten(0, 1).numpy() for name in each[0]}
+    outputs = in_chunks(runner.run, feeds, rows)
+    return {step: outputs[number :: len(steps)] for number, step in enumerate(steps)}
 
 
 def engine_row(name: str, engine: Artifact, folder: Path, refusals: Mapping[str, str]) -> Json:

@@ -122,3 +122,22 @@ def assert_runs_as_asked(rows, path, spec):
         assert len(kernels) == 1, (path, mine)
         assert spec.activation.kind in kernels[0].input_types, (path, kernels)
         assert spec.weight.kind in kernels[0].constant_types, (path, kernels)
+
+
+def assert_multiplies_in_int8(rows, stepped, points):
+    """Every layer at the paths `stepped`, and every product of the attentions of `points`, is an INT8 kernel."""
+    for attention in {path.rpartition(".products.")[0] for path in points}:
+        mine = [
+            row
+            for row in rows
+            if row.kind == "gemm" and any(n.startswith(f"{attention}.products/MatMul") for n in row.onnx_nodes)
+        ]
+        assert [row.input_types[:2] for row in mine] == [("int8", "int8")] * 2, (attention, mine)
+    for path in stepped:
+        mine = [
+            row
+            for row in rows
+            if row.kind in LAYER_KINDS and any(n.startswith((f"{path}/MatMul", f"{path}/Conv")) for n in row.onnx_nodes)
+        ]
+        assert mine, path
+        assert all("int8" in row.input_types for row in mine), (path, mine)

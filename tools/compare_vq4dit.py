@@ -3,8 +3,8 @@
     python tools/compare_vq4dit.py digits-dit --jobs 2
 
 Every variant differs from the shipped defaults in what it is named after, and has the same calibration set, images and
-iterations. Cells are written to --results as JSON and kept there, as `compare_methods` does; a table goes to
-stdout.
+iterations. Cells are written to --results as JSON and kept there, as `compare_methods` does; a table of all that are
+there goes between the marks in --document.
 """
 
 from dataclasses import replace
@@ -13,13 +13,14 @@ from typing import Any
 
 import click
 import compare_methods as compare
-from compare_report import interval
+from compare_report import apart, interval, put_between
 
 from engines.artifacts import Json, read_json
 from exporter.checkpoint import open_checkpoint
 from exporter.recipe import MethodSpec, Recipe
 
 CELL = "vq2", "tensor", "vq4dit"
+BEGIN, END = "<!-- compare_vq4dit: begin -->", "<!-- compare_vq4dit: end -->"
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "equal ratios at first (paper)": {"equal": True},
@@ -40,7 +41,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @click.option("--jobs", default=1, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default=Path("docs/vq4dit"), show_default=True)
-def main(model: str, iterations: tuple[int, int], images: int, seed: int, jobs: int, work: Path, results: Path) -> None:
+@click.option("--document", type=click.Path(path_type=Path), default=Path("docs/methods.md"), show_default=True)
+def main(
+    model: str,
+    iterations: tuple[int, int],
+    images: int,
+    seed: int,
+    jobs: int,
+    work: Path,
+    results: Path,
+    document: Path,
+) -> None:
     import torch
 
     job = compare.Job(seed, 64, images, images, {}, work, max(1, torch.get_num_threads() // jobs))
@@ -54,11 +65,22 @@ def main(model: str, iterations: tuple[int, int], images: int, seed: int, jobs: 
         if not path.exists() or read_json(path)["asked"] != asked_of(name, iterations, images, seed)
     ]
     compare.run(todo, jobs)
-    click.echo("| variant | PSNR, dB (95 %) | SQNR per step, dB | minutes |\n|---|---|---|---|")
-    for name, path in paths.items():
-        row = read_json(path)
+    put_between(document, BEGIN, END, table(results))
+
+
+def table(results: Path) -> str:
+    """Returns every variant of every model, and what it gains over the defaults."""
+    lines = ["| model | variant | PSNR, dB (95 %) | over the defaults | SQNR per step, dB | minutes |"]
+    lines.append("|---|---|---|---|---|---|")
+    rows = [(path.stem.partition(".")[0], read_json(path)) for path in sorted(results.glob("*.json"))]
+    for model, row in rows:
+        base = next(one for name, one in rows if name == model and one["asked"]["name"] == "defaults")["psnr_db"]
+        ours = row["psnr_db"]
+        gain = "" if ours is base else f"{ours['value'] - base['value']:+.1f} dB, {apart(ours, base)}"
         minutes = f"{row['minutes']:.1f}" if row["minutes"] else ""
-        click.echo(f"| {name} | {interval(row['psnr_db'], 1)} | {row['step_sqnr_db']:.1f} | {minutes} |")
+        cells = (model, row["asked"]["name"], interval(ours, 1), gain, f"{row['step_sqnr_db']:.1f}", minutes)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def asked_of(name: str, iterations: tuple[int, int], images: int, seed: int) -> Json:

@@ -46,7 +46,7 @@ def test_an_engine_that_gives_nan_or_infinity_is_counted_and_cannot_pass(bad, mo
         "0/quantized": torch.ones(1, 2),
         "0/quantized_fp64": torch.full((1, 2), 1.001),
     }
-    engine = type("Engine", (), {"info": {"dtype": "fp32"}})
+    engine = type("Engine", (), {"info": {"dtype": "fp32", "graph": {"step_input": None}}})
     (found,) = lowering_rows(Broken(), engine, reference)
     assert found["not_finite"] == 1
     assert found["sqnr_db"] is None
@@ -56,3 +56,24 @@ def test_an_engine_that_gives_nan_or_infinity_is_counted_and_cannot_pass(bad, mo
 def test_a_value_that_is_no_number_fails_its_check():
     assert not check("x", math.nan, "", 1.0)["passed"]
     assert not check("x", math.inf, "", 1.0)["passed"]
+
+
+def test_an_engine_that_is_told_the_step_is_judged_on_rows_of_all_steps_mixed():
+    seen = []
+
+    class Engine:
+        name = "ort"
+
+        def run(self, feeds):
+            seen.append(feeds["step"].tolist())
+            return {"sample": feeds["x"] * (1.0 + feeds["step"][:, None])}
+
+    reference = {}
+    for step in (0, 4):
+        x = torch.arange(3.0)[:, None] + 10 * step + 1
+        reference |= {f"{step}/feeds/x": x, f"{step}/feeds/step": torch.full((3,), step)}
+        reference |= {f"{step}/quantized": x * (1 + step), f"{step}/quantized_fp64": x * (1 + step) * (1 + 1e-6)}
+    engine = type("Engine", (), {"info": {"dtype": "fp32", "graph": {"step_input": "index"}}})
+    rows = lowering_rows(Engine(), engine, reference, rows=4)
+    assert seen == [[0, 4, 0, 4], [0, 4]]
+    assert [(row["step"], row["max_abs"]) for row in rows] == [(0, 0.0), (4, 0.0)]

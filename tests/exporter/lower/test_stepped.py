@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from road import assert_layers_agree, assert_other_sizes_agree, assert_recorded_feeds_agree
+from road import (
+    assert_layers_agree,
+    assert_multiplies_in_int8,
+    assert_other_sizes_agree,
+    assert_recorded_feeds_agree,
+)
 
 from engines import backends
 from engines.build import build
@@ -16,8 +21,6 @@ from exporter.checkpoint import open_checkpoint
 from exporter.lower import lower
 from exporter.quantize import quantize
 from exporter.run_folder import Run
-
-KERNELS = ("gemm", "correlation")
 
 
 def stepped_recipe(weight_bits, bits, *, zero_point=False, split=False):
@@ -72,18 +75,4 @@ def test_engines_agree_and_multiply_in_int8(weight_bits, bits, zero_point, small
 
     half = lower(source, tmp_path / "graph" / "fp16", dtype="fp16")
     rows = read_plan(build(half, "trt-rtx", tmp_path / "trt-rtx", gpu="sm89"))
-    for attention in {path.rpartition(".products.")[0] for path in quantized.points(source)}:
-        mine = [
-            row
-            for row in rows
-            if row.kind == "gemm" and any(n.startswith(f"{attention}.products/MatMul") for n in row.onnx_nodes)
-        ]
-        assert [row.input_types[:2] for row in mine] == [("int8", "int8")] * 2, (attention, mine)
-    for path in stepped:
-        mine = [
-            row
-            for row in rows
-            if row.kind in KERNELS and any(n.startswith((f"{path}/MatMul", f"{path}/Conv")) for n in row.onnx_nodes)
-        ]
-        assert mine, path
-        assert all("int8" in row.input_types for row in mine), (path, mine)
+    assert_multiplies_in_int8(rows, stepped, quantized.points(source))
