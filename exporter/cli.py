@@ -233,12 +233,14 @@ def inspect(artifact: Path, as_json: bool) -> None:
     if manifest["kind"] == "engine":
         click.echo(f"  {_held(manifest['info'])}")
     if manifest["kind"] == "quantized":
-        from exporter import progress, ranges
+        from exporter import progress, ranges, scaling
         from exporter.report import method_lines
 
         for line in method_lines(opened.info["recipe"]["methods"], opened.info["training"]):
             click.echo(f"  {line}")
         progress.stdout().print(ranges.table(ranges.read(opened), opened.info["layers"]))
+        if opened.info["factors"]:
+            progress.stdout().print(scaling.table(opened.info["factors"]))
 
 
 @main.command(name="list")

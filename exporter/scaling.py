@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from torch import nn
 from calib_data.tensors import save_tensors
 from exporter.models import Fold
 from exporter.modules import float_layer, multiply_input
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FILE = "factors.safetensors"
 # Multipliers ship as fp16, so that every graph multiplies by the same number: its normal range bounds them.
@@ -64,6 +68,19 @@ def apply(model: nn.Module, folds: Sequence[Fold], factors: Factors) -> list[str
 def summary(factor: torch.Tensor) -> dict[str, float]:
     """Returns the share of channels that a factor changes, and its median."""
     return {"changed": float((factor != 1).float().mean()), "median": float(factor.median())}
+
+
+def table(summaries: Mapping[str, Mapping[str, float]]) -> Table:
+    """Returns what was moved from activations into weights: layers that read one tensor in one row."""
+    from rich.table import Column, Table
+
+    made = Table(Column("layers", overflow="fold"), "channels changed", "median factor")
+    made.title = "factors moved from activations into weights"
+    for paths, found in summaries.items():
+        first, *others = paths.split("+")
+        names = [first, *(path.rpartition(".")[2] for path in others)]
+        made.add_row(", ".join(names), f"{100 * found['changed']:.0f} %", f"{found['median']:.3g}")
+    return made
 
 
 def save(factors: Factors, folder: Path) -> None:

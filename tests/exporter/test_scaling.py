@@ -139,3 +139,9 @@ def test_factors_are_stored_and_none_leave_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
     scaling.save({"a+b": torch.tensor([1.0, 2.0])}, tmp_path)
     assert load_file(tmp_path / scaling.FILE)["a+b"].tolist() == [1, 2]
+
+
+def test_what_was_moved_is_told_by_layers():
+    made = scaling.table({"a.to_q+a.to_k": {"changed": 0.25, "median": 1.0}, "b": {"changed": 1.0, "median": 1.5}})
+    cells = [list(column.cells) for column in made.columns]
+    assert cells == [["a.to_q, to_k", "b"], ["25 %", "100 %"], ["1", "1.5"]]
