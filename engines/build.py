@@ -31,7 +31,8 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, d
     """Builds `graph` for a backend and a target; returns what lies in `out` already if nothing changed.
 
     `decode` is one of the backend's `DECODES`, the first by default. `weight_bytes` in the manifest counts what lies in
-    the engine's file, `resident_weight_bytes` what an opened engine holds: more with `load`, which expands codebooks.
+    the engine's file, `resident_weight_bytes` what an opened engine holds: more with `load`, which expands codebooks,
+    and where a backend widens weights to multiply them.
     """
     module = backends.load(backend)
     target, way = module.resolve_gpu(gpu), backends.resolve_decode(backend, decode)
@@ -42,11 +43,14 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, d
     if (made := artifacts.current(out, request)) is not None:
         return made
     with artifacts.drafting(out, request) as draft:
-        _run_worker(backend, graph, draft.path, target, way)
+        widened = _run_worker(backend, graph, draft.path, target, way)
         rows = from_json(json.loads((draft.path / PLAN).read_text(encoding="utf-8")))
         where = f"{backend} engine{f' for {target}' if target else ''}"
         if way != "load":  # which expands codebooks on purpose, in memory alone
-            check_compression(rows, graph.info["layers"], graph.info["module_bytes"], graph.info["weight_bytes"], where)
+            held = graph.info["module_bytes"]
+            promised = {path: size + widened.get(path, 0) for path, size in held.items()}
+            total = graph.info["weight_bytes"] + sum(widened.values())
+            check_compression(rows, graph.info["layers"], promised, total, where)
         resident = constant_bytes(rows)
         draft.info = {
             "backend": backend,
@@ -54,13 +58,14 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, d
             "dtype": graph.info["dtype"],
             "graph": graph.info,
             "decode": way,
-            "weight_bytes": graph.info["weight_bytes"] if way == "load" else resident,
+            "weight_bytes": graph.info["weight_bytes"] if way == "load" or widened else resident,
             "resident_weight_bytes": resident,
         }
     return artifacts.open_artifact(out, "engine")
 
 
-def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None, decode: str | None) -> None:
+def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None, decode: str | None) -> dict[str, int]:
+    """Returns what the backend's `build` does."""
     command = [sys.executable, "-m", "engines.build", backend, str(graph.path.resolve()), str(folder.resolve())]
     lifeline, held = os.pipe()
     worker = subprocess.Popen(
@@ -89,6 +94,8 @@ def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None, de
         )
     if worker.returncode:
         raise RuntimeError(f"the {backend} build worker failed ({worker.returncode}):\n{err}")
+    widened: dict[str, int] = json.loads(out.strip().splitlines()[-1])
+    return widened
 
 
 def _die_with_parent() -> None:
@@ -107,12 +114,13 @@ def _worker(backend: str, graph_folder: str, folder: str, gpu: str, decode: str)
         graph = artifacts.open_artifact(Path(graph_folder), "graph")
         with artifacts.writing_errors(Path(folder)):
             model = graph.file("model.onnx")
-            backends.load(backend).build(model, graph.info, Path(folder), gpu or None, decode or None)
+            widened = backends.load(backend).build(model, graph.info, Path(folder), gpu or None, decode or None)
             if schedule.FILE in graph.files():
                 shutil.copyfile(graph.file(schedule.FILE), Path(folder) / schedule.FILE)
     except UserError as error:
         print(json.dumps({"what": error.what, "fix": error.fix}))
         return FAULT
+    print(json.dumps(dict(widened)))
     return 0
 
 

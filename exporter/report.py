@@ -157,8 +157,9 @@ def _mb(count: float) -> str:
 
 def _weights(engine: Json) -> str:
     """Returns the bytes of an engine's weights as stored, and in memory where opening it expands them."""
-    held = f", {_mb(engine['resident_weight_bytes'])} in memory" if engine["decode"] == "load" else ""
-    return f"{_mb(engine['weight_bytes'])} MB{held}"
+    stored, resident = engine["weight_bytes"], engine["resident_weight_bytes"]
+    held = f", {_mb(resident)} in memory" if resident > stored else ""
+    return f"{_mb(stored)} MB{held}"
 
 
 def _median_db(values: Sequence[float | None]) -> str:

@@ -2,7 +2,7 @@
 
     python tools/bench_steps.py --out out/steps
 
-Random weights, INT8 by rounding to nearest, attention's products float. Prints JSON: each graph's nodes by kind, and
+Random weights, INT8 (and for one row INT4) by rounding to nearest, attention's products float. Prints JSON: each graph's nodes by kind, and
 `ratio`, the median over that of one scale, timed in turn in one run. Exits with 3 beyond the project's bar.
 """
 
@@ -23,10 +23,11 @@ from exporter.lower import lower
 from exporter.quantize import quantize
 
 MOST = 1.08  # the project's bar, of a symmetric scale for every step
-WAYS = {
-    "one scale": {},
-    "by step": {"granularity": "step"},
-    "by step, zero points": {"granularity": "step", "zero_point": True},
+WAYS: dict[str, tuple[int, dict]] = {  # bits of weights, and what activations have
+    "one scale": (8, {}),
+    "by step": (8, {"granularity": "step"}),
+    "by step, zero points": (8, {"granularity": "step", "zero_point": True}),
+    "by step, INT4 weights": (4, {"granularity": "step"}),
 }
 
 
@@ -41,9 +42,9 @@ def main(out: Path, batch: int, threads: int) -> None:
     checkpoint = open_checkpoint(f"random:{model}", steps=4)
     calibration = calibrate(checkpoint, out / "calibration", samples=2)
     targets, nodes = {}, {}
-    for name, extra in WAYS.items():
+    for name, way in WAYS.items():
         folder = out / name.replace(", ", "-").replace(" ", "-")
-        source = quantize(checkpoint, asked(extra), calibration, folder / "quantized")
+        source = quantize(checkpoint, asked(*way), calibration, folder / "quantized")
         graph = lower(source, folder / "graph", dtype="fp32")
         engine = build(graph, "ort", folder / "engine")
         found = onnx.load(graph.file("model.onnx"), load_external_data=False).graph.node
@@ -61,10 +62,10 @@ def main(out: Path, batch: int, threads: int) -> None:
         raise SystemExit(3)
 
 
-def asked(extra: dict) -> recipe.Recipe:
-    """Returns INT8 by rounding to nearest in the blocks, activations observed as `extra` says."""
-    number = {"format": "int", "bits": 8}
-    rule = {"layers": "*", "weight": number, "activation": {**number, "observer": "absmax", **extra}}
+def asked(bits: int, extra: dict) -> recipe.Recipe:
+    """Returns weights of so many bits beside INT8, rounded to nearest in the blocks, activations as `extra` says."""
+    activation = {"format": "int", "bits": 8, "observer": "absmax", **extra}
+    rule = {"layers": "*", "weight": {"format": "int", "bits": bits}, "activation": activation}
     kept = {"layers": "*", "scope": "outside_blocks", "keep": "float"}
     return recipe.parse("bench", {"calibration": {"samples": 2}, "rule": [kept, rule]})
 

@@ -39,8 +39,11 @@ class Backend(Protocol):
     def note(self, graph: Json, decode: str | None) -> str | None:
         """Returns what whoever builds this graph should know, or None."""
 
-    def build(self, model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> None:
-        """Builds into `folder`, with the plan as plan.json; runs in a process of its own."""
+    def build(self, model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> Mapping[str, int]:
+        """Builds into `folder`, with the plan as plan.json; runs in a process of its own.
+
+        Returns, by module, the bytes that its weight takes in memory beyond the file, on purpose.
+        """
 
     def cannot_run(self) -> str | None:
         """Returns why engines of this backend cannot run on this machine, or None if they can."""

@@ -67,15 +67,21 @@ def note(graph: Json, decode: str | None) -> str | None:
     )
 
 
-def build(model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> None:
-    from engines.backends import _codebooks
+def build(model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> Mapping[str, int]:
+    import onnx
+
+    from engines.backends import _codebooks, _int4
 
     for file in sorted(model.parent.glob(f"{model.name}*")):  # the graph and its external data
         link_or_copy(file, folder / file.name)
-    if (rewritten := _codebooks.rewrite(model, decode or DECODES[0])) is not None:
+    decoding = _codebooks.rewrite(model, decode or DECODES[0])
+    rewritten = decoding or onnx.load(model, load_external_data=False)
+    widened = _int4.widen(rewritten) if graph["dtype"] == DTYPE else {}  # fp16 is multiplied in float all the same
+    if decoding or widened:
         (folder / model.name).unlink()  # a link to the graph's own file
         (folder / model.name).write_bytes(rewritten.SerializeToString())
     write_plan(plan(folder / model.name, graph), folder)
+    return widened
 
 
 def link_or_copy(source: Path, target: Path) -> None:

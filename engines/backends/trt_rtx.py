@@ -54,7 +54,7 @@ def note(graph: Json, decode: str | None) -> str | None:
     return None
 
 
-def build(model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> None:
+def build(model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> Mapping[str, int]:
     trt = _library()
 
     def configure(config: Any) -> None:
@@ -62,6 +62,7 @@ def build(model: Path, graph: Json, folder: Path, gpu: str | None, decode: str |
         config.set_compute_capability(getattr(trt.ComputeCapability, (gpu or DEFAULT_GPU).upper()), 0)
 
     write_plan(_tensorrt.build_engine(trt, model, graph, folder, configure), folder)
+    return {}
 
 
 def cannot_run() -> str | None:
