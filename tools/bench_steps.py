@@ -2,8 +2,9 @@
 
     python tools/bench_steps.py --out out/steps
 
-Random weights, INT8 (and for one row INT4) by rounding to nearest, attention's products float. Prints JSON: each graph's nodes by kind, and
-`ratio`, the median over that of one scale, timed in turn in one run. Exits with 3 beyond the project's bar.
+Random weights, INT8 (and for one row INT4) by rounding to nearest, attention's products float. Prints JSON: each
+graph's nodes by kind, and `ratio`, the median over that of one scale, timed in turn in one run. Exits with 3 beyond the
+project's bar.
 """
 
 import json
