@@ -27,13 +27,10 @@ class _StraightThrough(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, scale: torch.Tensor, fmt: Format, shift: torch.Tensor | None
     ) -> torch.Tensor:
         units = x / scale
-        if shift is None:
-            values = fmt.round(units)
-            inside = units.abs() <= fmt.max_value
-        else:
-            low = float(fmt.values.min())
-            values = fmt.round(units + shift).sub_(shift)
-            inside = (units + shift >= low) & (units + shift <= fmt.max_value)
+        low = float(fmt.values.nan_to_num(neginf=0.0).min())  # integers reach one further below zero than above
+        values = fmt.round(units) if shift is None else fmt.round(units + shift).sub_(shift)
+        codes = units if shift is None else units + shift
+        inside = (codes >= low) & (codes <= fmt.max_value)
         error = torch.where(inside, values - units, values) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(inside, error, scale)
         ctx.shift_shape = None if shift is None else shift.shape

@@ -36,7 +36,7 @@ from exporter.lower.trace import IR_VERSION, OPSET
 from exporter.ops import codebook
 from exporter.tensors import pack
 
-INFO = {"dtype": "fp32", "layers": {}}  # what a session asks of a graph's manifest
+INFO = {"dtype": "fp32", "layers": {}, "points": {}}  # what a session asks of a graph's manifest
 PATHS = ("native", "gather", "dense")
 ROUND_MS = 40.0  # of each path, in each of the rounds
 AT_LEAST = {1: 4.0, 1024: 1.15}  # rows → times as fast as the Gather path: what was promised for 256 × 4

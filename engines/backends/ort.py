@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +36,26 @@ TYPES = {
 def fingerprint() -> dict[str, str]:
     import onnxruntime
 
-    return {"onnxruntime": onnxruntime.__version__, "codebook_ops": "native" if native.library() else "portable"}
+    return {
+        "onnxruntime": onnxruntime.__version__,
+        "codebook_ops": "native" if native.library() else "portable",
+        "int8_sums": "saturating" if sums_saturate() else "exact",  # of this CPU's fastest kernels
+    }
+
+
+@functools.cache
+def sums_saturate() -> bool:
+    """Whether this CPU's fastest INT8 kernels add pairs of products in saturating 16 bits, which is wrong.
+
+    x86 CPUs do unless they have VNNI; where nobody can tell (not Linux), they are taken to.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
+    except OSError:
+        return True
+    return not {"avx512_vnni", "avx_vnni"} & set(flags)
 
 
 def resolve_gpu(gpu: str | None) -> str | None:
@@ -101,8 +122,8 @@ def session_options(graph: Json, threads: int = 0) -> onnxruntime.SessionOptions
     options.intra_op_num_threads = threads
     if not threads:  # threads that spin while they wait keep those of torch, or of another process, from running
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Without it, x86 CPUs that have AVX2 but no VNNI add pairs of int8 products in saturating 16 bits: wrong sums.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if sums_saturate():  # others' fastest kernels are exact, and this would make them half as fast again
+        options.add_session_config_entry("session.x64quantprecision", "1")
     # MatMulNBits would otherwise quantize activations to int8, which no recipe asked for.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # A scale per channel becomes one per block there: of 32 inputs, 13 % more bytes, unless of as many as pad least.
@@ -113,6 +134,7 @@ def session_options(graph: Json, threads: int = 0) -> onnxruntime.SessionOptions
 def disabled_optimizers(graph: Json) -> list[str]:
     """Returns the optimizers that would break or unfuse this graph."""
     types = {kind for layer in graph["layers"].values() for kind in (layer["weight"], layer["activation"]) if kind}
+    types |= set(graph["points"].values())
     disabled = []
     if "fp8" in types:
         disabled.append("QDQSelectorActionTransformer")  # makes a MatMulIntegerToFloat that has no fp8 kernel

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from exporter.formats.fp import Format as Fp
+from exporter.formats.int import Format as Int
 from exporter.straight_through import straight_through
 
 
@@ -20,3 +21,13 @@ def test_gradients_are_those_of_lsq():
     values = fmt.round(units)
     assert float(scale.grad) == pytest.approx(float((weights * (values - units * inside)).sum()), rel=1e-5)
     assert torch.equal(straight_through(x, scale, fmt), values * scale)
+
+
+@pytest.mark.parametrize("shift", [None, 0.0])
+def test_the_lowest_code_of_integers_is_inside(shift):
+    x = torch.tensor([-9.0, -7.8, -7.2, 7.4, 8.0], requires_grad=True)
+    given = None if shift is None else torch.tensor(shift)
+    found = straight_through(x, torch.tensor(1.0), Int(4), given)
+    assert found.tolist() == [-8.0, -8.0, -7.0, 7.0, 7.0]
+    found.sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0, 0.0]

@@ -6,14 +6,17 @@ import numpy as np
 import onnx
 import pytest
 
+from engines.artifacts import Artifact
 from engines.backends import ort
 from engines.build import build
 from engines.plans import read_plan
 from exporter import recipe
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
+from exporter.layers import compare_layers
 from exporter.lower import lower
 from exporter.quantize import quantize
+from exporter.run_folder import Run
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -31,9 +34,13 @@ def test_weights_beside_float_activations_take_no_more_than_in_the_graph(bits, t
         assert row.constant_bytes <= graph.info["module_bytes"][module] * 1.03, row
 
 
+@pytest.mark.parametrize("saturating", [False, True], ids=["", "as on a CPU without VNNI"])
 @pytest.mark.parametrize("granularity", ["tensor", "step"])
-def test_int4_weights_beside_int8_inputs_are_multiplied_in_int8(granularity, tiny_folder, tmp_path):
+def test_int4_weights_beside_int8_inputs_are_multiplied_in_int8(
+    granularity, saturating, tiny_folder, tmp_path, monkeypatch
+):
     """INT4 in the file, INT8 in memory, the numbers of the graph: it has no matmul of the two."""
+    monkeypatch.setattr(ort, "sums_saturate", lambda: saturating)  # here; the build's process asks its own
     checkpoint = open_checkpoint(str(tiny_folder), steps=2)
     calibration = calibrate(checkpoint, tmp_path / "calibration", samples=1)
     activation = {"format": "int", "bits": 8, "granularity": granularity}
@@ -59,3 +66,51 @@ def test_int4_weights_beside_int8_inputs_are_multiplied_in_int8(granularity, tin
     )
     # whole numbers summed as such, or as floats that hold them exactly: what differs is one rounding of the scales
     np.testing.assert_allclose(ours["sample"], theirs["sample"], rtol=1e-4, atol=1e-5)
+    as_built = Artifact(engine.path, engine.manifest | {"info": graph.info})
+    for row in compare_layers(Run(source, {"fp32": as_built}, {})):
+        assert row["codes_different"] <= 1e-4, row
+        assert row["sqnr_db"] is None or row["sqnr_db"] >= 100, row
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "saturates"),
+    [("x86_64", "avx2 fma", True), ("AMD64", "avx2 avx_vnni", False), ("x86_64", "avx512_vnni avx2", False)],
+)
+def test_slower_kernels_are_asked_for_where_the_fastest_would_saturate(machine, flags, saturates, monkeypatch):
+    ort.sums_saturate.cache_clear()
+    monkeypatch.setattr(ort.platform, "machine", lambda: machine)
+    monkeypatch.setattr(ort.Path, "read_text", lambda *_, **__: f"model name : x\nflags\t\t: {flags}\nbugs : none\n")
+    assert ort.sums_saturate() == saturates
+    options = ort.session_options({"layers": {}, "points": {}})
+    if saturates:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(Exception, match="x64quantprecision"):
+            options.get_session_config_entry("session.x64quantprecision")
+    ort.sums_saturate.cache_clear()
+
+
+def test_int8_sums_are_exact_on_this_machine(tmp_path):
+    """Codes at the ends of their types, whose products two by two pass 16 bits."""
+    ones = {"x": np.full((2, 64), 127.0, np.float32)}
+    constants = {"w": np.full((64, 3), 127, np.int8), "s": np.float32(1), "z": np.int8(0), "ws": np.ones(3, np.float32)}
+    constants["wz"] = np.zeros(3, np.int8)
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        onnx.helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=1),
+        onnx.helper.make_node("MatMul", ["d", "wd"], ["y"]),
+    ]
+    float_type = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "layer",
+        [onnx.helper.make_tensor_value_info("x", float_type, ["rows", 64])],
+        [onnx.helper.make_tensor_value_info("y", float_type, ["rows", 3])],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    info = {"layers": {"l": {"weight": "int8", "activation": "int8"}}, "points": {}, "dtype": "fp32"}
+    session = ort.open_session(model.SerializeToString(), info)
+    (output,) = session.run(None, ones)
+    assert (output == 64 * 127 * 127).all()
