@@ -97,7 +97,7 @@ def observe(
         table.update(path, x, steps)
         rule = rules[path]
         if path not in seen:  # where no row belongs to a step, one scale serves all
-            stepped = rule.granularity == "step" and table.told(path)
+            stepped = rule.granularity == "step" and len(x) == len(steps)
             seen[path] = Stepped(rule, count) if stepped else observers.OBSERVERS[rule.observer]()
         seen[path].update(x)
 
@@ -111,9 +111,15 @@ def observe(
     elif rules:
         watch_inputs(model, family, list(rules), data, see, "activation ranges", trajectories=trajectories)
     table.share(readers.leader)
-    untold = [path for path, rule in rules.items() if rule.granularity == "step" and not table.told(path)]
-    if untold:
-        progress.note(f"note: {len(untold)} layers read rows of no step, and have one scale: {untold[0]!r} …")
+    one = [
+        p
+        for p, rule in rules.items()
+        if rule.granularity == "step" and not isinstance(seen[readers.leader[p]], Stepped)
+    ]
+    if one:
+        progress.note(
+            f"note: {len(one)} layers read other rows than one for each step fed, and have one scale: {one[0]!r} …"
+        )
     states: dict[str, State] = {}
     specs, points = dict(plan.specs), {}
     for path, rule in rules.items():

@@ -225,12 +225,19 @@ def parse(name: str, source: Mapping[str, Any], given_as: str | None = None) -> 
     rules = source.get("rule", [])
     if not isinstance(rules, list) or not rules:
         raise UserError(f"{where}: has no rules", fix="write at least one [[rule]]")
-    return Recipe(
-        name,
-        source,
-        tuple(_rule(rule, f"{where}, rule {number}") for number, rule in enumerate(rules, 1)),
-        _calibration(source.get("calibration", {}), f"{where}, [calibration]"),
-    )
+    made = tuple(_rule(rule, f"{where}, rule {number}") for number, rule in enumerate(rules, 1))
+    calibration = _calibration(source.get("calibration", {}), f"{where}, [calibration]")
+    if calibration.record_steps is not None and any(map(_trains_by_step, made)):
+        raise UserError(
+            f"{where}: record_steps leaves out steps whose scales are to be trained",
+            fix="leave record_steps out: every step is recorded then",
+        )
+    return Recipe(name, source, made, calibration)
+
+
+def _trains_by_step(rule: Rule) -> bool:
+    stepped = rule.activation is not None and rule.activation.granularity == "step"
+    return stepped and rule.method is not None and methods.load(rule.method.name).TRAINS
 
 
 def _calibration(table: Mapping[str, Any], where: str) -> CalibrationSpec:
@@ -288,6 +295,12 @@ def _rule(table: Any, where: str) -> Rule:
         activation = _activation(table["activation"], f"{where}, activation", rule.deployable)
     if activation and activation.granularity == "step":
         _check_stepped(method, where)
+    if methods.load(method.name).INTEGERS_ONLY and (weight.format.kind[:3] != "int" or weight.granularity == "block"):
+        found = "in blocks" if weight.granularity == "block" else f"in {weight.format.kind}"
+        raise UserError(
+            f"{where}: method {method.name!r} beside weights {found}",
+            fix='it is for integers with granularity "channel" or "tensor"; fp_rounding learns on any grid',
+        )
     if activation and weight.format.learned:
         if weight.granularity == "channel":
             raise UserError(
@@ -306,7 +319,8 @@ def _rule(table: Any, where: str) -> Rule:
 
 
 def _products(rule: Rule, table: Mapping[str, Any], where: str) -> Rule:
-    extra = {"weight", "method", "split_skips", "grouped", "narrower_than", "fewer_weights_than"} & table.keys()
+    extra = {"weight", "method", "split_skips", "grouped", "narrower_than", "fewer_weights_than", "deployable"}
+    extra &= table.keys()
     if extra or "activation" not in table:
         found = f"says {min(extra)}" if extra else "says no activation"
         raise UserError(f"{where}: is of attentions and {found}", fix="products have activations alone: write that")

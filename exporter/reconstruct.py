@@ -140,6 +140,10 @@ class Calls(ABC):
     def loss(self, rows: Rows) -> torch.Tensor:
         """Returns the error of what is trained, relative to its targets."""
 
+    def fault(self) -> str:
+        """Says where the last loss, which is not finite, went wrong first; nothing where that is plain."""
+        return ""
+
     def batch(self, size: int, generator: torch.Generator) -> Iterator[Rows]:
         """Yields `size` rows, drawn: of one chunk, or where chunks are smaller of as few as it takes, chunk by chunk.
 
@@ -211,6 +215,7 @@ class ModelCalls(Calls):
         super().__init__(samples)
         self._samples, self._folder, self._blocks = samples, folder, blocks
         self._modules = {path: model.get_submodule(path) for path in (*blocks, OUTPUT)}
+        self._errors: dict[str, torch.Tensor] = {}  # of the last call
         self._runner = TorchRunner("trained", model, family)
 
     def read(self, chunk: int) -> Rows:
@@ -236,7 +241,14 @@ class ModelCalls(Calls):
         finally:
             for handle in handles:
                 handle.remove()
+        self._errors = errors
         return torch.stack([errors[path] for path in self._blocks]).mean() + errors[OUTPUT]
+
+    def fault(self) -> str:
+        bad = next((path for path in (*self._blocks, OUTPUT) if not self._errors[path].isfinite()), None)
+        if bad is None:
+            return ""
+        return f", first in block {bad!r}" if bad else ", in the model's own output"
 
 
 def _captured(model: nn.Module, family: Family, block: str, samples: Samples) -> Iterator[tuple[Any, Any]]:
@@ -294,9 +306,9 @@ def train(calls: Calls, phases: Sequence[Phase], batch: int, what: str, folder: 
         error = calls.error()
         kept = error <= saved.error  # NaN is no gain
         found = {"iterations": phase.iterations, "error_before": saved.error, "error_after": error, "kept": kept}
-        found |= phase.facts()
         if not kept:
             _set(parameters, saved.before or [])
+        found |= phase.facts()
         _note(folder, phase.name, found)
     saved.remove()
 
@@ -339,7 +351,8 @@ def _iterate(calls: Calls, phase: Phase, batch: int, what: str, saved: _Saved) -
                 loss = loss + phase.regularizer(iteration / phase.iterations)
             if not loss.isfinite():
                 raise UserError(
-                    f"{what}: the loss is {loss.item()} at iteration {iteration + 1} of {phase.iterations}",
+                    f"{what}: the loss is {loss.item()} at iteration {iteration + 1} of {phase.iterations}"
+                    f"{calls.fault()}",
                     fix="lower the method's rates; the same recipe, given again, goes on from what was trained before",
                     keeps=True,
                 )

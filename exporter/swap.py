@@ -132,14 +132,14 @@ def scopes(model: nn.Module, family: Family, plan: Plan) -> Iterator[Scope]:
     trained = {}
     for block in family.blocks(model):
         paths = [path for path in plan.specs if path.startswith(f"{block}.")]
-        rules = {plan.rules[path].method: path for path in paths if plan.method(path)[0].TRAINS}
+        rules = {plan.rules[path].method: path for path in paths if _trains(plan, path)}
         if len(rules) > 1:
             raise UserError(f"block {block!r}: two rules train its layers, each with options of its own", fix="use one")
         if rules:
             blocks[block] = paths
             trained[block] = plan.method(rules.popitem()[1])
     inside = {path for paths in blocks.values() for path in paths}
-    outside = [path for path in plan.specs if plan.method(path)[0].TRAINS and path not in inside]
+    outside = [path for path in plan.specs if _trains(plan, path) and path not in inside]
     if outside:
         progress.note(
             f"note: {len(outside)} layers lie in no block and keep what training starts from: {outside[0]!r} …"
@@ -159,11 +159,17 @@ def scopes(model: nn.Module, family: Family, plan: Plan) -> Iterator[Scope]:
     yield from (scope(block, [block]) for block in blocks if block not in joint)
 
 
+def _trains(plan: Plan, path: str) -> bool:
+    """Whether a layer's method trains, and is given iterations to do so."""
+    method, options = plan.method(path)
+    return bool(method.TRAINS and options.trains)
+
+
 def _record(
     model: nn.Module, family: Family, plan: Plan, scopes: Sequence[Scope], data: CalibrationSet, work: Path
 ) -> Samples:
     """Draws the rows that all scopes are trained on, and records the float model's outputs for them."""
-    asked = {plan.method(path)[1].rows for path in plan.specs if plan.method(path)[0].TRAINS}
+    asked = {plan.method(path)[1].rows for path in plan.specs if _trains(plan, path)}
     if len(asked) > 1:
         raise UserError(
             f"rules train on {' and '.join(map(str, sorted(asked)))} rows, and all blocks are trained on the same",
@@ -202,7 +208,7 @@ def put_learners(model: nn.Module, scope: Scope, plan: Plan, start: Start) -> Le
         spec = replace(plan.specs[path], weight=tensor.format)
         found.chosen[path] = torch.tensor(plan.choices(path).index(tensor.format))
         method, options = plan.method(path)
-        if method.TRAINS:
+        if _trains(plan, path):
             found.layers[path] = method.layer(source, spec, tensor, start.activations.get(path, {}), options)
             put(model, path, found.layers[path])
         else:

@@ -87,6 +87,7 @@ class Variant:
     activation: Mapping[str, Any] = field(default_factory=lambda: {"observer": "mse"})
 
 
+DISTILLED = {"iterations": 800, "batch": 64, "rows": 12288}  # of all in its tables that train: blocks each have so many
 BY_STEP = {"observer": "mse", "granularity": "step"}
 METHODS = {
     "rtn": Variant("rtn"),
@@ -97,15 +98,17 @@ METHODS = {
     "min-max": Variant("rtn", activation={"observer": "absmax"}),
     "one-scale": Variant("fp_search"),
     "smoothquant": Variant("smoothquant"),
-    "q-diffusion": Variant("fp_rounding"),
+    "q-diffusion": Variant("fp_rounding", DISTILLED),
     "by-step": Variant("fp_search", activation=BY_STEP),
     "dilated": Variant("dilatequant", {"iterations": 0}),
     "dilated-by-step": Variant("dilatequant", {"iterations": 0}, BY_STEP),
-    "distilled": Variant("dilatequant", {"dilate": False}),
-    "dilatequant": Variant("dilatequant", {}, BY_STEP),
+    "distilled": Variant("dilatequant", DISTILLED | {"dilate": False}),
+    "distilled-by-step": Variant("dilatequant", DISTILLED | {"dilate": False}, BY_STEP),
+    "distilled-dilated": Variant("dilatequant", DISTILLED),
+    "dilatequant": Variant("dilatequant", DISTILLED, BY_STEP),
 }
 DILATE = ("min-max", "one-scale", "smoothquant", "q-diffusion", "by-step", "dilated", "dilated-by-step")
-DILATE += ("distilled", "dilatequant")
+DILATE += ("distilled", "distilled-by-step", "distilled-dilated", "dilatequant")
 
 SETTINGS = {
     "int8-int8": Setting(INT8, INT8, recipe="fp8"),

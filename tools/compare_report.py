@@ -15,7 +15,8 @@ from engines.artifacts import Json, read_json
 BEGIN, END = "<!-- compare_methods: begin -->", "<!-- compare_methods: end -->"
 SHARED = ("model", "seed", "samples", "images", "torch", "diffusers")  # of requests: alike in one table
 ORDER = ("rtn", "search", "learned", "uniform", "kmeans", "gptvq", "vq4dit", "min-max", "one-scale", "smoothquant")
-ORDER += ("q-diffusion", "by-step", "dilated", "dilated-by-step", "distilled", "dilatequant")
+ORDER += ("q-diffusion", "by-step", "dilated", "dilated-by-step", "distilled", "distilled-by-step")
+ORDER += ("distilled-dilated", "dilatequant")
 NAMES = {
     "int8-int8": "INT8 / INT8",
     "fp8-fp8": "FP8 / FP8 (E4M3)",
@@ -50,6 +51,8 @@ MARKERS = {
     "dilated": ">",
     "dilated-by-step": "v",
     "distilled": "X",
+    "distilled-by-step": "8",
+    "distilled-dilated": "p",
     "dilatequant": "^",
 }
 
@@ -202,6 +205,14 @@ def _dilate_claims(model: str, found: Mapping[str, Json], setting: str) -> list[
             f"{setting} {name} against one scale: {rows[name]['value'] - start['value']:+.2f} dB, the intervals "
             f"{apart(rows[name], start)}"
             for name in ("by-step", "dilated", "dilated-by-step", "distilled")
+            if name in rows
+        ]
+    if "distilled" in rows:
+        start = rows["distilled"]
+        told += [
+            f"{setting} {name} against distilled alone: {rows[name]['value'] - start['value']:+.2f} dB, the intervals "
+            f"{apart(rows[name], start)}"
+            for name in ("distilled-by-step", "distilled-dilated")
             if name in rows
         ]
     return told

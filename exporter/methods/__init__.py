@@ -27,8 +27,10 @@ class Method(Protocol):
     """What a method module holds, beside its frozen `Options`.
 
     `NEEDS_CHANNEL_ABSMAX` asks for the inputs' largest magnitudes; `CHOOSES_FORMAT`: it takes `WeightSpec.candidates`;
-    `TRAINS`: it holds what `Trained` says too; `CODEBOOKS`: it makes codebooks, and nothing else; `STEPS`: activations
-    may have a scale for every step beside it; `POINTS`: it trains those of attentions' products too, `point`.
+    `TRAINS`: it holds what `Trained` says too, and its options say whether they ask for it (`trains`); `CODEBOOKS`: it
+    makes codebooks, and nothing else; `STEPS`: activations may have a scale for every step beside it; `POINTS`: it
+    trains those of attentions' products too, `point`; `INTEGERS_ONLY`: its weights are integers with a scale per
+    channel or tensor.
     """
 
     NEEDS_CHANNEL_ABSMAX: bool
@@ -37,6 +39,7 @@ class Method(Protocol):
     CODEBOOKS: bool
     STEPS: bool
     POINTS: bool
+    INTEGERS_ONLY: bool
 
     def needs_moments(self, options: Any) -> Moments:
         """Returns what `quantize_weight` wants to know of the second moments of the layer's inputs."""

@@ -33,6 +33,7 @@ NEEDS_CHANNEL_ABSMAX = False
 TRAINS = True
 STEPS = True
 POINTS = True
+INTEGERS_ONLY = True
 CODEBOOKS = False
 CHOOSES_FORMAT = False
 
@@ -61,6 +62,10 @@ class Options:
     shift_rate: float = 0.02
     joint: bool = True
     hold_mb: int = 1024
+
+    @property
+    def trains(self) -> bool:
+        return self.iterations > 0
 
     def __post_init__(self) -> None:
         check_whole("dilatequant", self, iterations=0, batch=1, rows=1, hold_mb=0)
@@ -97,10 +102,13 @@ def quantize_weight(
     return fp_search.quantize_weight(weight, spec, axis, fp_search.Options(options.output), moments)
 
 
-def as_shipped(log_scale: torch.Tensor) -> torch.Tensor:
+LEAST_WEIGHT_SCALE = 2.0**-24  # fp16's least number: scales of weights are only multiplied by
+
+
+def as_shipped(log_scale: torch.Tensor, least: float = LEAST_SCALE) -> torch.Tensor:
     """Returns scales as fp16 holds them, with the gradient of what they are rounded from."""
     scale = log_scale.exp()
-    return scale + (scale.half().float().clamp(min=LEAST_SCALE) - scale).detach()
+    return scale + (scale.half().float().clamp(min=least) - scale).detach()
 
 
 class DistilledLayer(QuantizedLayer):
@@ -117,7 +125,9 @@ class DistilledLayer(QuantizedLayer):
         super().__init__(source, spec)
         self.weight = nn.Parameter(oriented(source, spec).clone())
         self.log_weight_scale = nn.Parameter(tensor.scale.log())
-        self.unit = float(tensor.scale.mean())  # between two codes, of the mean channel
+        live = self.weight.detach().abs().amax(dim=[d for d in range(self.weight.ndim) if d != self.axis]) > 0
+        scales = tensor.scale[live] if tensor.scale.ndim and live.any() else tensor.scale
+        self.unit = float(scales.mean())  # between two codes, of the mean channel that is not all zeros
         self.given = activation
         if spec.activation:
             self.log_scale = nn.Parameter(activation["activation_scale"].log())
@@ -139,7 +149,7 @@ class DistilledLayer(QuantizedLayer):
                 x, padded = F.pad(x, [width, width, height, height]), {"padding": 0}
             x = self._rounded_input(x)
         spec = self.spec
-        scale = as_shipped(self.log_weight_scale)
+        scale = as_shipped(self.log_weight_scale, LEAST_WEIGHT_SCALE)
         spread_out = spread(scale, self.weight.shape, spec.granularity, self.axis, spec.block_size)
         return self._product(x, straight_through(self.weight, spread_out, spec.weight), self.bias, **padded)
 
@@ -157,7 +167,7 @@ class DistilledLayer(QuantizedLayer):
     def clamp(self) -> None:
         """Keeps scales at their least or above, and zero points among the codes."""
         with torch.no_grad():
-            self.log_weight_scale.clamp_(min=math.log(LEAST_SCALE))
+            self.log_weight_scale.clamp_(min=math.log(LEAST_WEIGHT_SCALE))
             if self.spec.activation:
                 self.log_scale.clamp_(min=math.log(LEAST_SCALE))
             if self.spec.shifted:
@@ -168,7 +178,7 @@ class DistilledLayer(QuantizedLayer):
         """Returns codes and scales, as a quantized layer holds them."""
         spec = self.spec
         with torch.no_grad():
-            scale = as_shipped(self.log_weight_scale)
+            scale = as_shipped(self.log_weight_scale, LEAST_WEIGHT_SCALE)
             codes = quantize(self.weight, scale, spec.weight, spec.granularity, self.axis, spec.block_size)
             found = codes.buffers()
             if spec.activation:
@@ -176,11 +186,6 @@ class DistilledLayer(QuantizedLayer):
             if spec.shifted:
                 found["activation_shift"] = self.shift.round()
         return found
-
-    @property
-    def at_the_least(self) -> int:
-        """How many of its scales training drove to the least."""
-        return int((self.log_scale <= math.log(LEAST_SCALE)).sum()) if self.spec.activation else 0
 
 
 def layer(
@@ -212,11 +217,6 @@ class DistilledPoint(QuantizedPoint):
         """Returns what a quantized point holds."""
         return {"activation_scale": as_shipped(self.log_scale).detach()}
 
-    @property
-    def at_the_least(self) -> int:
-        """How many of its scales training drove to the least."""
-        return int((self.log_scale <= math.log(LEAST_SCALE)).sum())
-
 
 def point(spec: PointSpec, activation: dict[str, torch.Tensor]) -> DistilledPoint:
     return DistilledPoint(spec, activation)
@@ -245,13 +245,16 @@ class _Distillation(Phase):
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         options, layers = self._options, self._layers
         quantizers = [one for one in layers if one.spec.activation]
-        points = [one for one in self._learners if isinstance(one, DistilledPoint)]
         found = [([one.weight], options.weight_rate * one.unit) for one in layers]
         found.append(([one.log_weight_scale for one in layers], options.scale_rate))
-        ranges = [one.log_scale for one in quantizers] + [one.log_scale for one in points]
-        found.append((list(dict.fromkeys(ranges)), options.activation_rate))
+        found.append((self._ranges(), options.activation_rate))
         shifts = [one.shift for one in quantizers if one.spec.shifted]
         return [*found, (list(dict.fromkeys(shifts)), options.shift_rate)]
+
+    def _ranges(self) -> list[nn.Parameter]:
+        """Returns the logarithms of activations' scales, what readers share once."""
+        found = [one.log_scale for one in self._learners if isinstance(one, DistilledPoint) or one.spec.activation]
+        return list(dict.fromkeys(found))
 
     def share_of_rate(self, done: float) -> float:
         """Returns the cosine's share. Source: methods.md section 2."""
@@ -263,9 +266,7 @@ class _Distillation(Phase):
 
     def facts(self) -> Json:
         """Returns how many scales of activations ended at the least there is; says so where there are any."""
-        count = sum(one.at_the_least for one in self._learners)
+        count = sum(int((scale <= math.log(LEAST_SCALE)).sum()) for scale in self._ranges())
         if count:
-            progress.note(
-                f"note: training drove {count} scales of activations to the least there is, {LEAST_SCALE:.3g}"
-            )
+            progress.note(f"note: {count} scales of activations ended at the least there is, {LEAST_SCALE:.3g}")
         return {"scales_at_the_least": count}

@@ -28,6 +28,7 @@ NEEDS_CHANNEL_ABSMAX = False
 TRAINS = True
 STEPS = False
 POINTS = False
+INTEGERS_ONLY = False
 CODEBOOKS = False
 CHOOSES_FORMAT = True
 factors = fp_search.factors
@@ -58,6 +59,7 @@ class Options:
     scale_aware: bool = True
     hold_mb: int = 1024
     joint: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_whole("fp_rounding", self, iterations=1, batch=1, rows=1, activation_iterations=0, hold_mb=0)

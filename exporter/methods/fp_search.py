@@ -22,6 +22,7 @@ TRAINS = False
 CODEBOOKS = False
 STEPS = True
 POINTS = False
+INTEGERS_ONLY = False
 CHOOSES_FORMAT = True
 factors = rtn.factors
 

@@ -23,6 +23,7 @@ CHOOSES_FORMAT = False
 CODEBOOKS = True
 STEPS = False
 POINTS = False
+INTEGERS_ONLY = False
 factors = rtn.factors
 
 

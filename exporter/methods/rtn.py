@@ -18,6 +18,7 @@ TRAINS = False
 CODEBOOKS = False
 STEPS = True
 POINTS = False
+INTEGERS_ONLY = False
 CHOOSES_FORMAT = False
 
 

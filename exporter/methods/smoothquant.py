@@ -24,6 +24,7 @@ TRAINS = False
 CODEBOOKS = False
 STEPS = True
 POINTS = False
+INTEGERS_ONLY = False
 CHOOSES_FORMAT = False
 FLOOR = 1e-5  # a channel that is silent in calibration still needs a finite factor (the paper's code uses the same)
 

@@ -24,6 +24,7 @@ CHOOSES_FORMAT = False
 CODEBOOKS = True
 STEPS = False
 POINTS = False
+INTEGERS_ONLY = False
 factors = kmeans.factors
 
 

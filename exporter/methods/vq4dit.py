@@ -30,6 +30,7 @@ NEEDS_CHANNEL_ABSMAX = False
 TRAINS = True
 STEPS = False
 POINTS = False
+INTEGERS_ONLY = False
 CODEBOOKS = True
 CHOOSES_FORMAT = False
 factors = kmeans.factors
@@ -66,6 +67,10 @@ class Options:
     warmup: float = 0.2
     joint: bool = True
     hold_mb: int = 1024
+
+    @property
+    def trains(self) -> bool:
+        return self.iterations + self.codebook_iterations > 0
 
     def __post_init__(self) -> None:
         check_whole("vq4dit", self, start_iterations=1, candidates=1, iterations=0, codebook_iterations=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -81,9 +82,8 @@ def test_scales_stay_at_their_least_and_zero_points_among_the_codes(capsys):
     state = layer.state()
     assert state["activation_scale"].tolist() == [LEAST_SCALE] * 3
     assert state["activation_shift"].tolist() == [-8.0, 0.0, 7.0]
-    assert layer.at_the_least == 3
     assert phase.facts() == {"scales_at_the_least": 3}
-    assert "3 scales of activations to the least there is" in capsys.readouterr().err
+    assert "3 scales of activations ended at the least there is" in capsys.readouterr().err
 
 
 def layer_options(**options):
@@ -169,3 +169,65 @@ def test_a_loss_that_is_no_number_stops_with_the_blocks_name_and_keeps_what_was_
         quantize(checkpoint, asked(joint=False), calibration, tmp_path / "out")
     kept = list(tmp_path.rglob("done.safetensors"))
     assert [path.parent.name for path in kept] == ["transformer_blocks.0"]
+
+
+def test_a_joint_loss_that_is_no_number_names_the_block_where_it_began(tiny, tmp_path, monkeypatch):
+    checkpoint, calibration = tiny
+    original = reconstruct.relative_error
+
+    def error(output, targets):
+        found = original(output, targets)
+        return found * float("nan") if next(counted) % 3 == 1 else found  # two blocks and the output: the second block
+
+    counted = itertools.count()
+    monkeypatch.setattr(reconstruct, "relative_error", error)
+    with pytest.raises(UserError, match=r"training jointly.*loss is nan.*first in block 'transformer_blocks\.1'"):
+        quantize(checkpoint, asked(), calibration, tmp_path / "out")
+
+
+def test_readers_of_one_tensor_are_counted_once(capsys):
+    layers = [layer_of()[1] for _ in range(3)]
+    for one in layers[1:]:
+        one.given = layers[0].given
+    (phase,) = dilatequant.phases(layers, layer_options())
+    with torch.no_grad():
+        layers[0].log_scale[1] = -50.0
+    phase.settle()
+    assert phase.facts() == {"scales_at_the_least": 1}
+
+
+def test_small_weights_and_dead_channels_keep_their_scale_and_rate():
+    source, layer = layer_of()
+    with torch.no_grad():
+        source.weight.mul_(1e-4)
+        source.weight[3] = 0
+    start = methods.load("rtn").quantize_weight(oriented(source, layer.spec), WeightSpec(Int(4)), 1, None)
+    small = dilatequant.layer(source, layer.spec, start, layer.given, dilatequant.Options())
+    assert small.unit < 1e-5  # not the 1 of the dead channel
+    assert torch.equal(small.state()["weight_codes"], start.codes)
+    assert torch.allclose(small.state()["weight_scale"], start.scale)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [{"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}, {"format": "int", "bits": 4, "granularity": "block"}],
+)
+def test_weights_that_dilation_says_nothing_of_are_refused(weight):
+    weight = weight | {"block_size": 16} if weight.get("granularity") else weight
+    with pytest.raises(UserError, match="method 'dilatequant' beside weights in"):
+        recipe.parse("mine", {"rule": [{"layers": "*", "weight": weight, "method": {"name": "dilatequant"}}]})
+
+
+def test_steps_that_are_not_recorded_cannot_be_trained():
+    source = dict(asked().source) | {"calibration": {"record_steps": [0, 2]}}
+    with pytest.raises(UserError, match="record_steps leaves out steps"):
+        recipe.parse("mine", source)
+
+
+def test_without_iterations_nothing_is_recorded_for_training(tiny, tmp_path, monkeypatch):
+    checkpoint, calibration = tiny
+    monkeypatch.setattr(reconstruct, "record_targets", lambda *_: pytest.fail("recorded"))
+    source = quantize(checkpoint, asked(iterations=0), calibration, tmp_path / "out")
+    assert source.info["training"] == {}
+    scales = quantized.quantized_layers(quantized.load(source))["transformer_blocks.0.attn1.to_q"].activation_scale
+    assert scales.shape == (3,)
