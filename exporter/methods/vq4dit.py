@@ -62,7 +62,7 @@ class Options:
     bias_rate: float = 0.01
     equal: bool = False
     together: bool = True
-    smooth: bool = False
+    smooth: bool = True
     regularizer: float = 0.1
     warmup: float = 0.2
     joint: bool = True
