@@ -19,7 +19,7 @@ TOLERANCE = 1e-3  # of a timestep, relative: schedulers compute them in fp32
 
 
 def steps_of(graph: Json, timesteps: Sequence[float], *, nearest: bool = False) -> list[int]:
-    """Returns the `step` to feed at each timestep of a sampler's schedule; `graph` is a graph's manifest.
+    """Returns the `step` to feed at each timestep of a sampler's schedule; `graph` is `engine.info["graph"]`.
 
     The table belongs to one sampler and number of steps, so another schedule is an error; with `nearest`, each of its
     calls gets the scales of the calibrated step whose timestep is nearest: meant for fewer steps, and not validated.
@@ -46,7 +46,7 @@ def with_steps(runner: Runner, graph: Json, engine: Artifact) -> Runner:
     """Returns a runner that checks the feeds' `step`, and looks its row up where the graph wants that."""
     if graph["step_input"] is None:
         return runner
-    return _Stepped(runner, len(graph["timesteps"]), _table(engine) if graph["step_input"] == "row" else None)
+    return _Stepped(runner, graph["fed_timesteps"], _table(engine) if graph["step_input"] == "row" else None)
 
 
 def _table(engine: Artifact) -> NDArray[np.float32]:
@@ -58,9 +58,10 @@ def _table(engine: Artifact) -> NDArray[np.float32]:
 
 
 class _Stepped:
-    def __init__(self, runner: Runner, steps: int, table: NDArray[np.float32] | None) -> None:
+    def __init__(self, runner: Runner, timesteps: Sequence[float], table: NDArray[np.float32] | None) -> None:
         self.name = runner.name
-        self._runner, self._steps, self._table = runner, steps, table
+        self._runner, self._steps, self._table = runner, len(timesteps), table
+        self._timesteps = np.asarray(timesteps, dtype=np.float64)  # what the model is fed at each step
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         step = feeds.get("step")
@@ -72,7 +73,23 @@ class _Stepped:
                 f"{self.name}: step {bad}, and activations have scales for the steps 0 … {self._steps - 1}",
                 fix="feed the position in the schedule that the engine was calibrated for (engines.schedule.steps_of)",
             )
+        self._check_schedule(np.asarray(feeds["timestep"], dtype=np.float64), step)
         fed: dict[str, Any] = dict(feeds)
         if self._table is not None:
             fed[ROW] = self._table[step]
         return self._runner.run(fed)
+
+    def _check_schedule(self, timesteps: NDArray[np.float64], steps: NDArray[Any]) -> None:
+        """Raises a UserError where a row's step is not the calibrated one that is nearest to its timestep."""
+        apart = np.abs(self._timesteps[None] - timesteps.reshape(-1, 1))
+        slack = TOLERANCE * max(1e-6, float(np.abs(self._timesteps).max(initial=0.0)))
+        wrong = apart[np.arange(len(apart)), steps.ravel()] > apart.min(axis=1, initial=np.inf) + slack
+        if wrong.any():
+            row = int(wrong.argmax())
+            step = int(steps.ravel()[row])
+            raise UserError(
+                f"{self.name}: timestep {timesteps.ravel()[row]:g} at step {step}, whose scales are for timestep "
+                f"{self._timesteps[step]:g}: another schedule than the {self._steps} steps it was calibrated for",
+                fix="sample with those, or feed the step that is nearest to each timestep: "
+                "engines.schedule.steps_of(graph, timesteps, nearest=True)",
+            )

@@ -121,7 +121,10 @@ def random_feeds(graph: Json, batch: int) -> dict[str, Any]:
             feeds[entry["name"]] = generator.integers(0, 2, shape).astype(entry["dtype"])
         else:
             feeds[entry["name"]] = generator.standard_normal(shape).astype(np.float32)
-    return feeds | {"step": generator.integers(0, len(graph["timesteps"]), batch)}
+    steps = generator.integers(0, len(graph["timesteps"]), batch)
+    if fed := graph.get("fed_timesteps"):  # an engine checks that its steps are those of its timesteps
+        feeds["timestep"] = np.array([fed[step] for step in steps], feeds["timestep"].dtype)
+    return feeds | {"step": steps}
 
 
 class _Worker:

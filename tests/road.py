@@ -91,6 +91,9 @@ def assert_other_sizes_agree(runner, run, checkpoint, rounds):
     found = checkpoint.family
     sizes = {name: axis.min for name, axis in found.axes().items()} | {"batch": 3}
     feeds = feeds_of(found, sizes) | {"step": torch.arange(3) % 2}
+    fed = run.graphs["fp32"].info["fed_timesteps"]
+    if fed:  # an engine checks that its steps are those of its timesteps
+        feeds["timestep"] = torch.tensor([fed[step] for step in feeds["step"]]).to(feeds["timestep"].dtype)
     model = quantized.load(run.quantized)
     outputs = {}
     for name, dtype in (("quantized", torch.float32), ("quantized_fp64", torch.float64)):

@@ -31,6 +31,9 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32", step_input: str =
     check_dtype(dtype)
     if step_input not in STEP_INPUTS:
         raise unknown("step input", step_input, STEP_INPUTS)
+    stepped = [*source.info["layers"].values(), *source.info["points"].values()]
+    if step_input == "row" and not any(one["steps"] for one in stepped):
+        raise UserError(f"{source.path}: has no scales by step, so no row of them is fed", fix="leave out --step-input")
     check_deployable(source.info["layers"], str(source.path))
     libraries = versions("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
     request = Request("graph", {"quantized": source.digest}, {"dtype": dtype, "step_input": step_input}, libraries)
@@ -58,7 +61,19 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32", step_input: str =
             np.save(draft.path / schedule.FILE, table.values.numpy())
         draft.info = _info(source, dtype, inputs, found) | {"module_bytes": modules}
         draft.info["step_input"] = step_input if table is not None else None
+        draft.info["fed_timesteps"] = _fed_timesteps(source) if table is not None else None
     return artifacts.open_artifact(out, "graph")
+
+
+def _fed_timesteps(source: Artifact) -> list[float]:
+    """Returns what the model is fed as `timestep` at each step of its schedule, in the model's own units."""
+    import torch
+
+    from exporter import quantized
+
+    family = quantized.family(source)
+    latent, timesteps = torch.zeros(1, *family.latent_shape()), torch.tensor(source.info["timesteps"])
+    return [float(family.feeds(latent, t.reshape(1), {}, 1.0)["timestep"].item()) for t in timesteps]
 
 
 def check_deployable(layers: Mapping[str, Any], where: str) -> None:

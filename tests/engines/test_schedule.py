@@ -10,7 +10,12 @@ import pytest
 from engines import schedule
 from engines.errors import UserError
 
-GRAPH = {"timesteps": [900.0, 600.0, 300.0, 0.0], "step_input": "index"}
+TIMESTEPS = [900.0, 600.0, 300.0, 0.0]
+GRAPH = {"timesteps": TIMESTEPS, "fed_timesteps": TIMESTEPS, "step_input": "index"}
+
+
+def fed(steps):
+    return {"step": np.array(steps), "timestep": np.array([TIMESTEPS[i] for i in steps])}
 
 
 class Echo:
@@ -48,9 +53,26 @@ def test_a_graph_without_steps_is_left_alone():
 @pytest.mark.parametrize("bad", [-1, 4])
 def test_a_step_out_of_range_is_an_error_that_names_it(bad):
     runner = schedule.with_steps(Echo(), GRAPH, None)
-    assert runner.run({"step": np.array([0, 3])})["step"].tolist() == [0, 3]
+    assert runner.run(fed([0, 3]))["step"].tolist() == [0, 3]
     with pytest.raises(UserError, match=rf"step {bad}, .* 0 … 3"):
-        runner.run({"step": np.array([0, bad])})
+        runner.run(fed([0, 3]) | {"step": np.array([0, bad])})
+
+
+def test_steps_of_another_schedule_are_an_error_that_names_both():
+    runner = schedule.with_steps(Echo(), GRAPH, None)
+    with pytest.raises(
+        UserError, match=r"timestep 310 at step 1, whose scales are for timestep 600.* 4 steps"
+    ) as caught:
+        runner.run({"step": np.array([0, 1]), "timestep": np.array([900, 310])})
+    assert "nearest=True" in caught.value.fix
+
+
+def test_steps_that_are_nearest_to_another_schedules_timesteps_are_taken():
+    runner = schedule.with_steps(Echo(), GRAPH, None)
+    asked = [880.0, 310.0, 20.0]
+    steps = schedule.steps_of(GRAPH, asked, nearest=True)
+    assert runner.run({"step": np.array(steps), "timestep": np.array(asked)})["step"].tolist() == steps
+    assert runner.run({"step": np.zeros(0, np.int64), "timestep": np.zeros(0)})["step"].tolist() == []  # an empty batch
 
 
 def test_feeds_without_a_step_are_an_error():
@@ -63,4 +85,4 @@ def test_a_graph_that_wants_the_tables_row_is_given_it(tmp_path):
     np.save(tmp_path / schedule.FILE, table)
     engine = SimpleNamespace(file=lambda name: tmp_path / name)
     runner = schedule.with_steps(Echo(), GRAPH | {"step_input": "row"}, engine)
-    assert runner.run({"step": np.array([3, 1])})[schedule.ROW].tolist() == table[[3, 1]].tolist()
+    assert runner.run(fed([3, 1]))[schedule.ROW].tolist() == table[[3, 1]].tolist()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from road import (
     assert_layers_agree,
     assert_multiplies_in_int8,
     assert_other_sizes_agree,
     assert_recorded_feeds_agree,
 )
+from safetensors.torch import load_file
 
 from engines import backends
 from engines.build import build
+from engines.errors import UserError
 from engines.plans import read_plan
 from exporter import quantized, recipe
 from exporter.calibrate import calibrate
@@ -21,6 +24,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.lower import lower
 from exporter.quantize import quantize
 from exporter.run_folder import Run
+from exporter.validate import run_mixed
 
 
 def stepped_recipe(weight_bits, bits, *, zero_point=False, split=False):
@@ -55,6 +59,19 @@ def small(tmp_path_factory):
     return checkpoint, calibrate(checkpoint, folder / "calibration", samples=4)
 
 
+def run_all(runner, reference):
+    """Returns what a runner makes of rows of both recorded steps, mixed."""
+    return run_mixed(runner, reference, rows=8).values()
+
+
+def test_a_model_without_scales_by_step_has_no_row_to_feed(small, tmp_path):
+    checkpoint, calibration = small
+    rule = {"layers": "*", "weight": {"format": "int", "bits": 8}}
+    source = quantize(checkpoint, recipe.parse("plain", {"rule": [rule]}), calibration, tmp_path / "quantized")
+    with pytest.raises(UserError, match="no scales by step"):
+        lower(source, tmp_path / "graph", step_input="row")
+
+
 @pytest.mark.parametrize(("weight_bits", "bits", "zero_point"), [(8, 8, False), (4, 4, True)])
 def test_engines_agree_and_multiply_in_int8(weight_bits, bits, zero_point, small, tmp_path):
     checkpoint, calibration = small
@@ -72,6 +89,14 @@ def test_engines_agree_and_multiply_in_int8(weight_bits, bits, zero_point, small
     assert_recorded_feeds_agree(runner, run, True)
     assert_other_sizes_agree(runner, run, checkpoint, True)  # its rows are of two steps
     assert_layers_agree(run)
+
+    by_row = lower(source, tmp_path / "graph" / "row", dtype="fp32", step_input="row")
+    assert [entry["name"] for entry in by_row.info["inputs"] if entry["name"].startswith("step")] == ["step_row"]
+    theirs = backends.open_runner(build(by_row, "ort", tmp_path / "engines" / "row"))
+    reference = load_file(source.file(quantized.REFERENCE))
+    assert all(
+        torch.equal(*found) for found in zip(run_all(runner, reference), run_all(theirs, reference), strict=True)
+    )
 
     half = lower(source, tmp_path / "graph" / "fp16", dtype="fp16")
     rows = read_plan(build(half, "trt-rtx", tmp_path / "trt-rtx", gpu="sm89"))

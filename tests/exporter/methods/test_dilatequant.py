@@ -10,8 +10,9 @@ import torch
 from common import TINY
 from torch import nn
 
+from calib_data.store import CalibrationSet
 from engines.errors import UserError
-from exporter import methods, quantized, recipe, reconstruct, steps
+from exporter import methods, quantized, recipe, reconstruct, scaling, steps
 from exporter.activations import LEAST_SCALE
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
@@ -21,6 +22,7 @@ from exporter.methods import dilatequant
 from exporter.modules import quantized_layer
 from exporter.quantize import quantize
 from exporter.recipe import WeightSpec
+from exporter.runners import TorchRunner
 from exporter.specs import LayerSpec, oriented
 
 
@@ -151,6 +153,13 @@ def test_dilation_moves_no_output_and_is_logged(tiny, tmp_path):
     log = source.info["factors"][key]
     assert log["changed"] == pytest.approx(float((factors[key] > 1).float().mean()))
     assert log["median"] == pytest.approx(float(factors[key].median()))
+    feeds = next(CalibrationSet(calibration).batches(CalibrationSet(calibration).shards))
+    plain_model, dilated = checkpoint.load(), checkpoint.load()
+    explicit = scaling.apply(dilated, checkpoint.family.folds(dilated), factors)
+    assert explicit  # folds and multipliers, both
+    assert len(explicit) < len(factors)
+    outputs = [TorchRunner("m", m, checkpoint.family).run_tensors(feeds)["sample"] for m in (plain_model, dilated)]
+    assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5)  # fp32 products of other factors, multipliers in fp16
     plain = quantize(checkpoint, asked(iterations=0, dilate=False), calibration, tmp_path / "plain")
     assert quantized.factors(plain) == {}
 
