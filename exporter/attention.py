@@ -93,6 +93,16 @@ class QuantizedPoint(nn.Module):
         undo = (scale / unit)[steps.now().step].reshape(-1, *[1] * (x.ndim - 1))
         return straight_through(wide * (1 / undo), unit, self.spec.format).to(x.dtype), undo.to(x.dtype)
 
+    def input_codes(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the codes that what passes is multiplied as."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = self.scale().to(wide.dtype)
+        if not self.spec.steps:
+            return self.spec.format.encode(wide / scale)
+        unit = step_unit(scale).to(wide.dtype)
+        undo = (scale / unit)[steps.now().step].reshape(-1, *[1] * (x.ndim - 1))
+        return self.spec.format.encode(wide * (1 / undo) / unit)
+
     def _traced(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         if not self.spec.steps:
             x = self._clipped(x, self.activation_scale)
@@ -218,6 +228,12 @@ def quantize_points(model: nn.Module, specs: Mapping[str, PointSpec]) -> None:
     """Makes points quantize, in place; their scales are set or loaded after."""
     for path, spec in specs.items():
         put(model, path, QuantizedPoint(spec))
+
+
+def quantized_products(model: nn.Module) -> dict[str, Products]:
+    """Returns the products of attentions whose points are quantized, by path."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, Products)}
+    return {path: one for path, one in found.items() if all(isinstance(p, QuantizedPoint) for p in one.children())}
 
 
 def quantized_points(model: nn.Module) -> dict[str, QuantizedPoint]:

@@ -1,21 +1,26 @@
-"""Layer by layer: each quantized layer's own ONNX nodes against its PyTorch module, on the same recorded inputs."""
+"""Layer by layer: each quantized layer's own ONNX nodes against its PyTorch module, on the same recorded inputs.
+
+So are attentions whose products are quantized: their points by their codes, their products by what comes out.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from engines import schedule
 from engines.artifacts import Artifact, Json
 from engines.backends import ort
 from exporter import progress, quantized, step_table, steps
+from exporter.attention import Products, QuantizedPoint, quantized_products
 from exporter.metrics import finite, sqnr_db
 from exporter.modules import QuantizedLayer
 from exporter.ops import codebook
@@ -23,36 +28,53 @@ from exporter.quantize import reference_feeds, reference_steps
 from exporter.run_folder import Run
 from exporter.runners import TorchRunner
 
-Record = tuple[torch.Tensor, torch.Tensor]  # what a layer read, and the step of every row of the feed
+Record = tuple[tuple[Any, ...], torch.Tensor]  # what a module was called with, and the step of every row of the feed
 ROWS = 8  # of each reference feed
 GROUP = 16  # layers whose inputs are held at once: bounds the memory
+POINTS_READ = ("query", "key", "value", "mask")  # what `Products` is called with
 
 
 def compare_layers(run: Run) -> list[Json]:
-    """Returns per graph and layer the SQNR of its output and the share of activation codes that differ."""
+    """Returns per graph and layer the SQNR of its output and the share of activation codes that differ.
+
+    A row of an attention's products counts the codes of its four points.
+    """
     reference = {name: value[:ROWS] for name, value in load_file(run.quantized.file(quantized.REFERENCE)).items()}
     model, family = quantized.load(run.quantized), quantized.family(run.quantized)
     runner = TorchRunner("quantized", model, family)
-    layers = list(quantized.quantized_layers(model).items())
+    found: dict[str, nn.Module] = {**quantized.quantized_layers(model), **quantized_products(model)}
+    layers = list(found.items())
     groups = [dict(layers[i : i + GROUP]) for i in range(0, len(layers), GROUP)]
     graphs = {dtype: LayerGraphs(graph) for dtype, graph in run.graphs.items()}
     rows: list[Json] = []
     for group in progress.track(groups, len(groups), f"comparing layers ({GROUP} at a time)"):
-        inputs = record_inputs(group, runner, reference)
+        points = {
+            f"{p}.{n}": m
+            for p, layer in group.items()
+            if isinstance(layer, Products)
+            for n, m in layer.named_children()
+        }
+        inputs = record_inputs(group | points, runner, reference)
         for dtype, graph in graphs.items():
-            rows += [{"dtype": dtype, **compare_layer(graph, p, layer, inputs[p])} for p, layer in group.items()]
+            for path, layer in group.items():
+                row = (
+                    compare_products(graph, path, layer, inputs)
+                    if isinstance(layer, Products)
+                    else compare_layer(graph, path, cast(QuantizedLayer, layer), inputs[path])
+                )
+                rows.append({"dtype": dtype, **row})
     return rows
 
 
 def record_inputs(
-    layers: Mapping[str, QuantizedLayer], runner: TorchRunner, reference: Mapping[str, torch.Tensor]
+    layers: Mapping[str, nn.Module], runner: TorchRunner, reference: Mapping[str, torch.Tensor]
 ) -> dict[str, list[Record]]:
-    """Returns some quantized layers' inputs over the reference steps, and the step of every row."""
+    """Returns what some modules are called with over the reference steps, and the step of every row."""
     inputs: dict[str, list[Record]] = {}
     step = torch.empty(0)
 
     def hook(path: str) -> Any:
-        return lambda _module, args: inputs.setdefault(path, []).append((args[0], step))
+        return lambda _module, args: inputs.setdefault(path, []).append((args, step))
 
     handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
     try:
@@ -68,26 +90,56 @@ def record_inputs(
 
 def compare_layer(graph: LayerGraphs, path: str, layer: QuantizedLayer, inputs: Sequence[Record]) -> Json:
     """Runs one layer's nodes in ONNX Runtime and its module in PyTorch."""
-    dtype = np.float16 if graph.info["dtype"] == "fp16" else np.float32
     run_output = ort.OrtRunner(ort.open_session(graph.cut(path, codes=False), graph.info))
-    fmt = layer.spec.activation
-    run_codes = ort.open_session(graph.cut(path, codes=True), graph.info) if fmt else None
-    ours, theirs, different, total = [], [], 0, 0
-    for x, step in inputs:
+    ours, theirs = [], []
+    for (x,), step in inputs:
         with torch.no_grad(), steps.at(steps.Position(step)):
             ours.append(layer(x).flatten())
-            expected = layer.input_codes(x).view(torch.uint8).numpy().ravel() if fmt else None
-        columns = graph.columns(path, step)
-        theirs.append(torch.from_numpy(run_output.run({"x": x.numpy(), **columns})["y"]).flatten())
-        if run_codes is not None and expected is not None:
-            wanted = [entry.name for entry in run_codes.get_inputs()]
-            feeds = {"x": x.numpy().astype(dtype), **columns}
-            (codes,) = run_codes.run_with_ort_values(None, {name: _ort_value(feeds[name]) for name in wanted})
-            different += int((_bytes(codes) != expected).sum())
-            total += expected.size
-    share = different / total if total else None
-    value = finite(sqnr_db(torch.cat(ours), torch.cat(theirs)))
-    return {"layer": path, "sqnr_db": value, "codes_different": share, "codes": total}
+        theirs.append(torch.from_numpy(run_output.run({"x": x.numpy(), **graph.columns(path, step)})["y"]).flatten())
+    different, total = compare_codes(graph, path, layer, inputs) if layer.spec.activation else (0, 0)
+    return _row(path, ours, theirs, different, total)
+
+
+def compare_products(graph: LayerGraphs, path: str, products: Products, inputs: Mapping[str, Sequence[Record]]) -> Json:
+    """Runs one attention's products in ONNX Runtime and in PyTorch, then the quantizers of its points."""
+    model, read = graph.cut_products(path)
+    run_output = ort.OrtRunner(ort.open_session(model, graph.info))
+    ours, theirs = [], []
+    for args, step in inputs[path]:
+        with torch.no_grad(), steps.at(steps.Position(step)):
+            ours.append(products(*args).flatten())
+        given = dict(zip(POINTS_READ, args, strict=False))
+        given["key"] = given["key"].transpose(-1, -2)  # as its point sees it
+        feeds = {name: (given[name].permute(order) if order else given[name]).numpy() for name, order in read.items()}
+        theirs.append(torch.from_numpy(run_output.run(feeds | graph.columns(path, step))["y"]).flatten())
+    counts = [
+        compare_codes(graph, f"{path}.{name}", cast(QuantizedPoint, point), inputs[f"{path}.{name}"])
+        for name, point in products.named_children()
+    ]
+    return _row(path, ours, theirs, sum(different for different, _ in counts), sum(total for _, total in counts))
+
+
+def compare_codes(
+    graph: LayerGraphs, path: str, module: QuantizedLayer | QuantizedPoint, inputs: Sequence[Record]
+) -> tuple[int, int]:
+    """Returns how many of a quantizer's codes differ between ONNX Runtime and PyTorch, and how many there are."""
+    dtype = np.float16 if graph.info["dtype"] == "fp16" else np.float32
+    session = ort.open_session(graph.cut(path, codes=True), graph.info)
+    different, total = 0, 0
+    for (x,), step in inputs:
+        with torch.no_grad(), steps.at(steps.Position(step)):
+            expected = module.input_codes(x).view(torch.uint8).numpy().ravel()
+        feeds = {"x": x.numpy().astype(dtype), **graph.columns(path, step)}
+        wanted = [entry.name for entry in session.get_inputs()]
+        (codes,) = session.run_with_ort_values(None, {name: _ort_value(feeds[name]) for name in wanted})
+        different += int((_bytes(codes) != expected).sum())
+        total += expected.size
+    return different, total
+
+
+def _row(path: str, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], different: int, total: int) -> Json:
+    value = finite(sqnr_db(torch.cat(list(ours)), torch.cat(list(theirs))))
+    return {"layer": path, "sqnr_db": value, "codes_different": different / total if total else None, "codes": total}
 
 
 class LayerGraphs:
@@ -107,20 +159,46 @@ class LayerGraphs:
         What it reads of the step table comes in as `column_0` and so on, [rows, 1].
         """
         nodes = self._nodes_of(path)
+        if codes:
+            nodes = _up_to_codes(nodes)
         entries = _read_by(nodes)
         columns = {value: f"column_{i}" for value, i in _columns(entries).items()}
         rest = entries - columns.keys()
         if len(rest) != 1:
             raise AssertionError(f"{path}: its nodes read {len(rest)} tensors where a layer reads one")
         (entry,) = rest
-        if codes:
-            nodes = _up_to_codes(nodes)
-            columns = {value: name for value, name in columns.items() if value in _read_by(nodes)}
         return _cut(self._model, nodes, {entry: "x"} | columns, self.info["dtype"], path, codes=codes)
 
+    def cut_products(self, path: str) -> tuple[bytes, dict[str, list[int]]]:
+        """Returns one attention's products as a model, and which of POINTS_READ it reads, in which order of axes.
+
+        One Transpose may turn the keys and bring their heads forward, so that they come in otherwise.
+        """
+        nodes = self._nodes_of(path)
+        own = [node for node in nodes if (node.name or "").rpartition("/")[0] == path]
+        nodes = _up_to(next(node for node in reversed(own) if node.op_type in ("MatMul", "Mul")), nodes)
+        entries = _read_by(nodes)
+        names = {value: f"column_{i}" for value, i in _columns(entries).items()}
+        roles = {value: self._role(value, path) for value in entries - names.keys()}
+        named = names | {value: role for value, (role, _) in roles.items()}
+        return _cut(self._model, nodes, named, self.info["dtype"], path, codes=False), dict(roles.values())
+
+    def _role(self, value: ir.Value, path: str) -> tuple[str, list[int]]:
+        """Returns what an attention's products read a value as, by who reads it, and its axes' order if not that."""
+        for node in value.consumers():
+            owner = (node.name or "").rpartition("/")[0]
+            if owner in {f"{path}.{name}" for name in POINTS_READ}:
+                return owner.rpartition(".")[2], []
+            if owner == path and node.op_type == "Transpose":
+                order = list(node.attributes["perm"].as_ints())
+                return "key", [order.index(axis) for axis in range(len(order))]
+        return "mask", []
+
     def _nodes_of(self, path: str) -> list[ir.Node]:
-        """Returns a layer's nodes, and those that it shares with other readers of the same tensor."""
-        found = list(self._nodes[path])
+        """Returns a module's nodes, and those that it shares with other readers of the same tensor."""
+        found = [
+            n for owner, nodes in self._nodes.items() if owner == path or owner.startswith(f"{path}.") for n in nodes
+        ]
         queue = list(found)
         while queue:
             for value in queue.pop().inputs:
@@ -134,7 +212,7 @@ class LayerGraphs:
     def _comes_before_codes(self, node: ir.Node) -> bool:
         """Whether a node works for a layer's quantizer: what a layer gives comes after it."""
         owner = (node.name or "").rpartition("/")[0]
-        own = self._nodes.get(owner, []) if owner in self.info["layers"] else []
+        own = self._nodes.get(owner, []) if owner in self.info["layers"] | self.info["points"] else []
         quantizers = [i for i, n in enumerate(own) if n.op_type == "QuantizeLinear" and not _is_decoded(n.inputs[0])]
         return bool(quantizers) and own.index(node) < quantizers[0]
 
@@ -174,7 +252,11 @@ def _is_row(value: ir.Value | None) -> bool:
 
 def _up_to_codes(nodes: Sequence[ir.Node]) -> list[ir.Node]:
     """Returns the node that quantizes what a layer reads, and those that it needs."""
-    last = next(n for n in nodes if n.op_type == "QuantizeLinear" and not _is_decoded(n.inputs[0]))
+    return _up_to(next(n for n in nodes if n.op_type == "QuantizeLinear" and not _is_decoded(n.inputs[0])), nodes)
+
+
+def _up_to(last: ir.Node, nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """Returns a node and those that it needs: a module may hold arithmetic of shapes besides."""
     wanted, found = {last}, []
     for node in reversed(nodes[: nodes.index(last) + 1]):
         if node in wanted:
@@ -209,7 +291,9 @@ def _cut(
         protos,
         path,
         [
-            onnx.helper.make_tensor_value_info(name, float_type if name == "x" else onnx.TensorProto.FLOAT, None)
+            onnx.helper.make_tensor_value_info(
+                name, onnx.TensorProto.FLOAT if name.startswith("column") else float_type, None
+            )
             for name in entries.values()
         ],
         [onnx.helper.make_tensor_value_info("y", code_type if codes else float_type, None)],
