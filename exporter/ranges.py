@@ -75,14 +75,24 @@ def table(ranges: Json, layers: Mapping[str, Json]) -> Table:
         weight = f"{_spelled(layer['weight'])} per {layer['granularity']}" + f" of {layer['block_size']}" * bool(
             layer["block_size"]
         )
-        activation = _spelled(layer["activation"]) if layer["activation"] else "float"
-        activation += " in INT8" * (
-            activation.startswith("int") and layer["activation"]["bits"] < 8 and layer["deployable"]
-        )
-        activation += " by step" * bool(layer["steps"]) + ", zero points" * layer["shifted"]
         weight += " (simulated)" * (not layer["deployable"])
-        made.add_row(path, weight, activation, *_seen(ranges, path))
+        made.add_row(path, weight, activation_of(layer), *_seen(ranges, path))
     return made
+
+
+def activation_of(layer: Json) -> str:
+    """Returns how a layer's activation, or a point of an attention, is quantized, in words.
+
+    Integers of fewer than 8 bits are said to be carried, and multiplied, as INT8.
+    """
+    if not layer["activation"]:
+        return "float"
+    found = _spelled(layer["activation"])
+    if found.startswith("int") and layer["activation"]["bits"] < 8 and layer.get("deployable", True):
+        found += " in INT8"
+    if layer["steps"]:
+        found += " by step"
+    return f"{found}, zero points" if layer.get("shifted") else found
 
 
 def _spelled(fmt: Json) -> str:

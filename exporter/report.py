@@ -63,6 +63,7 @@ def print_report(report: Json) -> None:
     )
     for line in method_lines(report["recipe"]["methods"], report["training"]):
         console.print(line, soft_wrap=True)
+    console.print(activations_line(report["activations"]), soft_wrap=True)
     console.print(_table(report))
     console.print(_images_table(report["accuracy"]["images"]))
     if line := _images_line(report["accuracy"]["images"]):
@@ -97,6 +98,13 @@ def method_lines(methods: Sequence[Json], training: Mapping[str, Json]) -> list[
         if least := sum(row.get("scales_at_the_least", 0) for row in rows):
             found[-1] += f"; {least} scales of activations ended at the least there is"
     return found
+
+
+def activations_line(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Returns how activations are quantized: in layers, and in attentions' products."""
+    told = [f"{kind} ({count} layers)" for kind, count in counts["layers"].items()]
+    told += [f"{kind} ({count} points of attentions)" for kind, count in counts["attention_points"].items()]
+    return f"activations: {', '.join(told) or 'float'}"
 
 
 def _table(report: Json) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from exporter.conditions import validation_entries
 from exporter.layers import compare_layers
 from exporter.metrics import finite, sqnr_db
 from exporter.quantize import REFERENCE_ROWS, reference_feeds, reference_steps
+from exporter.ranges import activation_of
 from exporter.run_folder import Run
 from exporter.runners import TorchRunner, in_chunks
 
@@ -61,12 +63,21 @@ def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -
         "recipe": run.quantized.info["recipe"],
         "training": run.quantized.info["training"],
         "weights": run.quantized.info["weights"],
+        "activations": activation_counts(run.quantized.info),
         "engines": [engine_row(name, engine, folder, refusals) for name, engine in run.engines.items()],
         "accuracy": {"lowering": lowering, "per_step": per_step, "trajectory": trajectories, "images": scores},
     }
     report["checks"] = checks(report, run)
     report["passed"] = all(check["passed"] for check in report["checks"])
     return report
+
+
+def activation_counts(info: Json) -> dict[str, dict[str, int]]:
+    """Returns of how many layers, and products of attentions, activations are quantized in which way."""
+    return {
+        what: dict(Counter(activation_of(one) for one in info[key].values()))
+        for what, key in (("layers", "layers"), ("attention_points", "points"))
+    }
 
 
 def open_runners(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from exporter import report
+from exporter.validate import activation_counts
 
 
 def drawn(monkeypatch, reference, other, *, in_pixels, tmp_path):
@@ -34,3 +35,20 @@ def test_colours_are_drawn_as_they_are(monkeypatch, tmp_path):
     assert first.shape == (8, 8, 3)
     assert torch.equal(first, torch.zeros(8, 8, 3))
     assert torch.allclose(difference, torch.full((8, 8, 3), 0.6))
+
+
+def test_activations_of_fewer_bits_are_labelled_as_carried_in_int8():
+    four, eight = {"format": "int", "bits": 4}, {"format": "int", "bits": 8}
+    layer = {"deployable": True, "shifted": False}
+    info = {
+        "layers": {
+            "a": layer | {"activation": four, "steps": 25},
+            "b": layer | {"activation": four, "steps": 25},
+            "c": layer | {"activation": None, "steps": 0},
+        },
+        "points": {"d": {"activation": eight, "steps": 0}},
+    }
+    counts = activation_counts(info)
+    assert counts["layers"] == {"int4 in INT8 by step": 2, "float": 1}
+    line = report.activations_line(counts)
+    assert line == "activations: int4 in INT8 by step (2 layers), float (1 layers), int8 (1 points of attentions)"
