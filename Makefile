@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/export-engine run digits-dit --recipe fp8 --backend ort --backend trt-rtx --out $(DEMO)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

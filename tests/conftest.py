@@ -13,11 +13,15 @@ from filelock import FileLock
 
 import exporter  # noqa: F401  first of all: it sets how torch's threads wait
 
-LONGEST = ("test_family_unets.py", "test_resume.py", "test_end_to_end.py", "test_family_transformers.py", "test_cli.py")
+LONGEST = ("test_family_unets.py", "test_stepped.py", "test_resume.py", "test_end_to_end.py")
+LONGEST += ("test_family_transformers.py", "test_cli.py", "test_end_to_end_steps.py")
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the longest files first, so that two processes end at about the same time."""
+    """Puts the longest files first, so that two processes end at about the same time.
+
+    xdist must be told to leave it so: --no-loadscope-reorder. It would put those of the most tests first.
+    """
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
