@@ -63,7 +63,8 @@ def print_report(report: Json) -> None:
     )
     for line in method_lines(report["recipe"]["methods"], report["training"]):
         console.print(line, soft_wrap=True)
-    console.print(activations_line(report["activations"]), soft_wrap=True)
+    if "activations" in report:  # one of an earlier version may be kept
+        console.print(activations_line(report["activations"]), soft_wrap=True)
     console.print(_table(report))
     console.print(_images_table(report["accuracy"]["images"]))
     if line := _images_line(report["accuracy"]["images"]):
