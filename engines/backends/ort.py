@@ -122,7 +122,7 @@ def session_options(graph: Json, threads: int = 0) -> onnxruntime.SessionOptions
     options.intra_op_num_threads = threads
     if not threads:  # threads that spin while they wait keep those of torch, or of another process, from running
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if sums_saturate():  # others' fastest kernels are exact, and this would make them half as fast again
+    if sums_saturate():  # elsewhere the fastest kernels are exact, and this would only slow them down
         options.add_session_config_entry("session.x64quantprecision", "1")
     # MatMulNBits would otherwise quantize activations to int8, which no recipe asked for.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
