@@ -85,23 +85,24 @@ class QuantizedPoint(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         if torch.compiler.is_exporting():
             return self._traced(x)
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = self.scale().to(wide.dtype)
-        if not self.spec.steps:
-            return straight_through(wide, scale, self.spec.format).to(x.dtype), 1.0
-        unit = step_unit(scale).to(wide.dtype)
-        undo = (scale / unit)[steps.now().step].reshape(-1, *[1] * (x.ndim - 1))
-        return straight_through(wide * (1 / undo), unit, self.spec.format).to(x.dtype), undo.to(x.dtype)
+        wide, unit, undo = self._in_units(x)
+        found = straight_through(wide, unit, self.spec.format).to(x.dtype)
+        return found, undo.to(x.dtype) if isinstance(undo, torch.Tensor) else undo
 
     def input_codes(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the codes that what passes is multiplied as."""
+        wide, unit, _ = self._in_units(x)
+        return self.spec.format.encode(wide / unit)
+
+    def _in_units(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+        """Returns what is rounded, in fp32 or wider, its scale, and what undoes the step's factor in it."""
         wide = x if x.dtype == torch.float64 else x.float()
         scale = self.scale().to(wide.dtype)
         if not self.spec.steps:
-            return self.spec.format.encode(wide / scale)
+            return wide, scale, 1.0
         unit = step_unit(scale).to(wide.dtype)
         undo = (scale / unit)[steps.now().step].reshape(-1, *[1] * (x.ndim - 1))
-        return self.spec.format.encode(wide * (1 / undo) / unit)
+        return wide * (1 / undo), unit, undo
 
     def _traced(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         if not self.spec.steps:
