@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from calib_data.tensors import save_tensors
 from engines.artifacts import Json
 from engines.runner import Runner
 from exporter import metrics, progress, tasks
@@ -25,6 +26,7 @@ IMAGES = 256  # judged per report: one image of another class is 0.4 points of a
 TRAJECTORIES = 64  # whose error is followed step by step, for every runner
 BATCH = 32  # at most; guidance doubles it
 SEED_OFFSET = 1_000_000  # validation's noise shares no key with calibration's samples 0, 1, …
+SHOWN = "samples.safetensors"  # the first images, by runner: what a report shows
 NEIGHBOURS = 3  # of precision and recall, which need more images than that
 
 
@@ -42,7 +44,7 @@ def judge(
     checkpoint: Checkpoint, entries: Sequence[str], pytorch: Runner, ours: Mapping[str, Runner], folder: Path, seed: int
 ) -> tuple[list[Json], Json]:
     """Returns the trajectory rows of all runners, and the scores of the first engine that runs here, else PyTorch's."""
-    from exporter.report import draw_samples
+    from exporter.report import PICTURES, draw_samples
 
     conditions = Conditions(checkpoint, entries)
     indices = [SEED_OFFSET + i for i in range(IMAGES)]
@@ -61,6 +63,8 @@ def judge(
         conditions.asked(indices),
     )
     draw_samples(pictures.reference, pictures.judged, judged.name, folder / "samples.png", checkpoint.in_pixels)
+    shown = {"float": pictures.reference[:PICTURES], judged.name: pictures.judged[:PICTURES]}
+    save_tensors({name: images.contiguous() for name, images in shown.items()}, folder / SHOWN)
     return trajectory, scores(checkpoint, judged.name, pictures)
 
 
@@ -148,9 +152,10 @@ def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _per_image(pictures: Pictures, score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Json:
-    mean, interval = metrics.bootstrap_ci95(score(pictures.reference, pictures.judged.nan_to_num()))
+    values = score(pictures.reference, pictures.judged.nan_to_num())
+    mean, interval = metrics.bootstrap_ci95(values)
     floor = float(score(pictures.reference, pictures.again).mean())
-    return {"mean": mean, "ci95": interval, "noise_floor": floor}
+    return {"mean": mean, "ci95": interval, "noise_floor": floor, "per_image": values.tolist()}
 
 
 def _task_score(task: tasks.Task, pictures: Pictures) -> Json:
@@ -165,7 +170,12 @@ def _task_score(task: tasks.Task, pictures: Pictures) -> Json:
         "float": float(theirs.mean()),
         "quantized": float(ours.mean()),
         "ci95": interval,
-        "lost": {"mean": lost, "ci95": lost_interval, "noise_floor": abs(float((theirs - again).mean()))},
+        "lost": {
+            "mean": lost,
+            "ci95": lost_interval,
+            "noise_floor": abs(float((theirs - again).mean())),
+            "per_image": (theirs - ours).tolist(),
+        },
     }
 
 

@@ -16,6 +16,7 @@ from exporter import bench, damage, progress
 from exporter.attention import PointSpec
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
+from exporter.images import SHOWN
 from exporter.layers import compare_layers
 from exporter.lower import check_deployable, lower
 from exporter.plan import plan_of
@@ -147,7 +148,7 @@ def _stage(title: str, stage: Callable[..., Artifact], *args: Any, **kwargs: Any
 
 
 def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int) -> Json:
-    """Validates and writes report.json, timings.json and samples.png, unless they are there for the same inputs."""
+    """Validates and writes report.json, timings.json and the samples, unless they are there for the same inputs."""
     made_from = {"quantized": run.quantized.digest} | {
         f"engine {name}": engine.digest for name, engine in sorted(run.engines.items())
     }
@@ -158,6 +159,7 @@ def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int) -> Json:
     started = time.monotonic()
     content = validate(checkpoint, run, out, seed=seed)
     content |= {"made_from": made_from, "settings": settings, "samples": digest_file(out / PICTURE)}
+    content["shown"] = digest_file(out / SHOWN)
     content["throughput"] = bench.throughput(bench.targets_of(out))
     progress.note(f"validate: {time.monotonic() - started:.1f} s")
     artifacts.write_json(out / REPORT, content)
@@ -173,11 +175,12 @@ def layers(checkpoint: Checkpoint, run: Run, out: Path) -> Json:
 
 
 def _kept(out: Path, made_from: Mapping[str, str], settings: Json) -> Json | None:
-    if not (out / REPORT).is_file() or not (out / PICTURE).is_file():
+    if not all((out / name).is_file() for name in (REPORT, PICTURE, SHOWN)):
         return None
     found = artifacts.read_json(out / REPORT)
     same = found.get("made_from") == made_from and found.get("settings") == settings
-    return found if same and found.get("samples") == digest_file(out / PICTURE) else None
+    pictures = found.get("samples") == digest_file(out / PICTURE) and found.get("shown") == digest_file(out / SHOWN)
+    return found if same and pictures else None
 
 
 def _timings(run: Run, content: Json, validate_seconds: float) -> Json:
