@@ -17,6 +17,8 @@ BITS = {
     "fp64": 64, "fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "fp8_e5m2": 8, "fp4": 4,
     "int64": 64, "int32": 32, "int16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "bool": 8,
 }  # fmt: skip
+FLOATS = ("fp16", "bf16", "fp32", "fp64")
+NARROW = ("fp4", "fp8", "int4", "int8")  # of what matmuls and convolutions of quantized inputs multiply
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,19 @@ def from_json(rows: Iterable[dict[str, Any]]) -> list[PlanRow]:
 def tensor_bytes(dimensions: Iterable[int], dtype: str) -> int:
     """Returns the bytes of a dense tensor; types under a byte are packed."""
     return math.ceil(math.prod(dimensions) * BITS[dtype] / 8)
+
+
+def multiplied_as(row: PlanRow) -> str | None:
+    """Returns the type that a row which multiplies does so in: two operands' common narrow one, else its input's."""
+    held = [as_signed(kind) for kind in (*row.input_types, *row.constant_types)]
+    narrow = (kind for kind in NARROW if held.count(kind) > 1)
+    floats = (kind for kind in row.input_types if kind in FLOATS)
+    return next(narrow, None) or next(floats, None)
+
+
+def as_signed(kind: str) -> str:
+    """Returns an integer type's name without its sign: a builder may shift codes by half their range."""
+    return kind.removeprefix("u")
 
 
 def constant_bytes(rows: Iterable[PlanRow]) -> int:

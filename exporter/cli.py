@@ -222,6 +222,10 @@ def inspect(artifact: Path, as_json: bool) -> None:
             from exporter import ranges
 
             manifest = manifest | {"ranges": ranges.read(opened)}
+        if manifest["kind"] == "engine":
+            from engines.audit import audit
+
+            manifest = manifest | {"audit": [row.to_json() for row in audit(opened)]}
         click.echo(json.dumps(manifest, indent=1))
         return
     click.echo(f"{artifact}: {manifest['kind']}, digest {opened.digest}")
@@ -231,7 +235,14 @@ def inspect(artifact: Path, as_json: bool) -> None:
     for name, entry in manifest["files"].items():
         click.echo(f"  {entry['bytes']:>12,} bytes  {name}  sha256 {entry['sha256'][:16]}…")
     if manifest["kind"] == "engine":
+        from engines.audit import audit
+        from exporter import audits, progress
+
         click.echo(f"  {_held(manifest['info'])}")
+        rows = [row.to_json() for row in audit(opened)]
+        progress.stdout().print(audits.table(rows))
+        for line in audits.summary(rows):
+            click.echo(f"  {line}")
     if manifest["kind"] == "quantized":
         from exporter import progress, ranges, scaling
         from exporter.report import method_lines

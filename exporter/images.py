@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from calib_data.tensors import save_tensors
@@ -42,8 +43,10 @@ class Pictures:
 
 def judge(
     checkpoint: Checkpoint, entries: Sequence[str], pytorch: Runner, ours: Mapping[str, Runner], folder: Path, seed: int
-) -> tuple[list[Json], Json]:
-    """Returns the trajectory rows of all runners, and the scores of the first engine that runs here, else PyTorch's."""
+) -> tuple[list[Json], Json, dict[str, Call]]:
+    """Returns the trajectory rows of all runners, the scores of the first engine that runs here, else PyTorch's, and of
+    every runner that gives NaN or infinity its first call that does.
+    """
     from exporter.report import PICTURES, draw_samples
 
     conditions = Conditions(checkpoint, entries)
@@ -52,7 +55,7 @@ def judge(
     float_runner = TorchRunner("float", checkpoint.load(), checkpoint.family)
     judged = next(iter(ours.values()), pytorch)
     others = {judged.name: judged, pytorch.name: pytorch, **ours}
-    trajectory, first = _trajectories(checkpoint, conditions, float_runner, others, indices[:TRAJECTORIES], seed)
+    trajectory, first, bad = _trajectories(checkpoint, conditions, float_runner, others, indices[:TRAJECTORIES], seed)
     rest = indices[TRAJECTORIES:]
     jobs = [(float_runner, rest, seed), (judged, rest, seed), (float_runner, indices, seed + 1)]
     reference, images, again = (_sample(checkpoint, conditions, *job) for job in jobs)
@@ -65,7 +68,7 @@ def judge(
     draw_samples(pictures.reference, pictures.judged, judged.name, folder / "samples.png", checkpoint.in_pixels)
     shown = {"float": pictures.reference[:PICTURES], judged.name: pictures.judged[:PICTURES]}
     save_tensors({name: images.contiguous() for name, images in shown.items()}, folder / SHOWN)
-    return trajectory, scores(checkpoint, judged.name, pictures)
+    return trajectory, scores(checkpoint, judged.name, pictures), bad
 
 
 def _sample(
@@ -83,7 +86,7 @@ def _trajectories(
     others: Mapping[str, Runner],
     indices: Sequence[int],
     seed: int,
-) -> tuple[list[Json], dict[str, torch.Tensor]]:
+) -> tuple[list[Json], dict[str, torch.Tensor], dict[str, Call]]:
     """Runs all samplers side by side, so that errors are summed step by step and no trajectory is kept."""
     runners = [float_runner, *others.values()]
     errors = {name: _StepErrors() for name in others}
@@ -96,7 +99,8 @@ def _trajectories(
         for runner, call in zip(runners, calls, strict=True):
             finals[runner.name].append(call.latent)
     trajectory = [row for name, error in errors.items() for row in error.rows(name)]
-    return trajectory, {name: torch.cat(parts) for name, parts in finals.items()}
+    bad = {name: error.first_bad for name, error in errors.items() if error.first_bad is not None}
+    return trajectory, {name: torch.cat(parts) for name, parts in finals.items()}, bad
 
 
 def _chunks(checkpoint: Checkpoint, indices: Sequence[int]) -> list[Sequence[int]]:
@@ -105,15 +109,18 @@ def _chunks(checkpoint: Checkpoint, indices: Sequence[int]) -> list[Sequence[int
 
 
 class _StepErrors:
-    """Sums squared latents and squared differences per step."""
+    """Sums squared latents and squared differences per step; keeps the first call that gives NaN or infinity."""
 
     def __init__(self) -> None:
         self._sums: dict[int, list[float]] = {}
+        self.first_bad: Call | None = None
 
     def add(self, reference: Call, call: Call) -> None:
         sums = self._sums.setdefault(reference.step, [0.0, 0.0])
         sums[0] += float(reference.latent.double().square().sum())
         sums[1] += float((reference.latent.double() - call.latent.double()).square().sum())
+        if not np.isfinite(call.output).all() and (self.first_bad is None or call.step < self.first_bad.step):
+            self.first_bad = call
 
     def rows(self, runner: str) -> list[Json]:
         return [

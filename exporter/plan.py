@@ -26,12 +26,18 @@ class Plan:
     rules: Mapping[str, Rule]
     specs: Mapping[str, LayerSpec]
     splits: Mapping[str, int]
+    attentions: Mapping[str, Rule] = field(default_factory=dict)
     products: Mapping[str, ActivationSpec] = field(default_factory=dict)  # of every point of an attention
     points: Mapping[str, PointSpec] = field(default_factory=dict)  # what came of it
 
     @property
     def deployable(self) -> bool:
         return all(spec.deployable for spec in self.specs.values())
+
+    def allowed(self) -> dict[str, str]:
+        """Returns what an engine may run layers and attentions in instead of what is asked, where a rule says so."""
+        rules = {path: self.rules[path] for path in self.specs} | dict(self.attentions)
+        return {path: rule.allow for path, rule in rules.items() if rule.allow}
 
     def choices(self, path: str) -> tuple[Format, ...]:
         """Returns the weight formats that the layer's method chooses from."""
@@ -60,7 +66,8 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
     layers = float_layers(model)
     blocks, found = family.blocks(model), attentions(model)
     assigned = recipe.assign({path: facts(layer) for path, layer in layers.items()}, blocks, found)
-    asked = recipe.products(found, blocks)
+    of_attentions = recipe.attention_rules(found, blocks)
+    asked = {path: rule.activation for path, rule in of_attentions.items() if rule.activation is not None}
     add_points(model, list(asked))
     splits = {
         path: first
@@ -86,4 +93,4 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
         if rule.weight.candidates:
             rules[path] = replace(rule, weight=replace(rule.weight, format=choices[0], candidates=choices))
     products = {point: rule for path, rule in asked.items() for point in points_of(path)}
-    return Plan(rules, specs, splits, products)
+    return Plan(rules, specs, splits, of_attentions, products)

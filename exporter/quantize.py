@@ -35,6 +35,7 @@ from exporter.versions import versions
 from exporter.watch import watch_inputs
 
 BLOCKS = ".blocks"  # in a draft: what trained methods keep until all blocks are done
+HALF = "quantized_fp16"
 REFERENCE_STEPS = 5  # first and last included
 # Rows of a reference feed. A rounding floor is made of few flipped codes, so few rows make it noisy: the FP8 engine of
 # digits-dit lay up to 2.9 dB under it at a step with 8 rows, up to 2.4 dB with 32.
@@ -55,7 +56,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         data, family = CalibrationSet(calibration), checkpoint.family
         model = checkpoint.load()
         reference = _feeds(data)
-        _add_outputs(reference, "float", TorchRunner("float", model, family))
+        _add_finite_outputs(reference, "float", TorchRunner("float", model, family))
         plan = plan_layers(model, family, recipe)
         among = recipe.calibration.range_samples
         factors = _factors(model, family, plan, data, among)
@@ -68,7 +69,9 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         scaling.save(factors, draft.path)
         artifacts.write_json(draft.path / RANGES, seen.to_json(_ends(model)))
         draft.info = _info(checkpoint, recipe, calibration, model, plan, factors) | {"training": training.record()}
-        _add_quantized_outputs(reference, model, family, floors=plan.deployable)  # last: it leaves the model in fp16
+        # last: it leaves the model in fp16
+        overflow = _add_quantized_outputs(reference, model, family, floors=plan.deployable)
+        draft.info["fp16_overflow"] = overflow
         save_tensors(reference, draft.path / quantized.REFERENCE)
         shutil.rmtree(draft.path / BLOCKS, ignore_errors=True)  # a kill until now would have found what was trained
         draft.timings["peak_rss_bytes"] = peak_rss_bytes()
@@ -183,25 +186,40 @@ def reference_feeds(reference: Mapping[str, Any], step: int) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in reference.items() if key.startswith(prefix)}
 
 
-def _add_outputs(reference: Reference, what: str, runner: TorchRunner) -> None:
+def _add_outputs(reference: Reference, what: str, runner: TorchRunner) -> Json | None:
+    """Adds a model's outputs; returns where the first NaN or infinity arises: the layer, the step and their count."""
+    found = None
     for step in reference_steps(reference):
-        output = in_chunks(runner.run_tensors, reference_feeds(reference, step), runner.family.rows(REFERENCE_ROWS))
-        if bad := int((~output.isfinite()).sum()):
-            raise UserError(
-                f"the {what} model gives {bad} NaN or infinite values at step {step}",
-                fix="keep the layers with the largest activations in float, or use a wider format",
-            )
+        feeds = reference_feeds(reference, step)
+        output = in_chunks(runner.run_tensors, feeds, runner.family.rows(REFERENCE_ROWS))
+        if found is None and (bad := int((~output.isfinite()).sum())):
+            found = {"layer": runner.first_not_finite(feeds), "step": step, "values": bad}
         reference[f"{step}/{what}"] = output.float().contiguous()
+    return found
 
 
-def _add_quantized_outputs(reference: Reference, model: nn.Module, family: Family, *, floors: bool) -> None:
-    """Adds the quantized model's outputs in fp32, and with `floors` in fp64 and fp16, whose distances they are."""
-    outputs = {"quantized": torch.float32}
-    if floors:
-        outputs |= {"quantized_fp64": torch.float64, "quantized_fp16": torch.float16}
+def _add_finite_outputs(reference: Reference, what: str, runner: TorchRunner) -> None:
+    if found := _add_outputs(reference, what, runner):
+        raise UserError(
+            f"the {what} model gives {found['values']} NaN or infinite values at step {found['step']}, from layer "
+            f"{found['layer']!r} on",
+            fix="mend the checkpoint" if what == "float" else "keep that layer in float, or use a wider format",
+        )
+
+
+def _add_quantized_outputs(reference: Reference, model: nn.Module, family: Family, *, floors: bool) -> Json | None:
+    """Adds the quantized model's outputs in fp32, and with `floors` in fp64 and fp16, whose distances they are.
+
+    Returns where it overflows in fp16, which is no fault until a graph of that type is asked for.
+    """
+    outputs = {"quantized": torch.float32} | ({"quantized_fp64": torch.float64} if floors else {})
     for what, dtype in outputs.items():
         nn.Module.to(model, dtype)  # diffusers' own .to() warns that it may keep modules in fp32; none is here
-        _add_outputs(reference, what, TorchRunner(what, model, family, dtype=dtype))
+        _add_finite_outputs(reference, what, TorchRunner(what, model, family, dtype=dtype))
+    if not floors:
+        return None
+    nn.Module.to(model, torch.float16)
+    return _add_outputs(reference, HALF, TorchRunner(HALF, model, family, dtype=torch.float16))
 
 
 def _info(
@@ -224,6 +242,7 @@ def _info(
         },
         "recipe": {"name": recipe.name, "digest": recipe.digest, "methods": _methods(plan)},
         "layers": {path: spec.to_json() for path, spec in plan.specs.items()},
+        "allowed": plan.allowed(),
         "splits": dict(plan.splits),
         "points": {path: spec.to_json() for path, spec in plan.points.items()},
         "smoothed_layers": sorted(path for paths in factors for path in paths.split("+")),

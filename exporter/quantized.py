@@ -21,6 +21,7 @@ from exporter.models import Family, family_of
 from exporter.modules import DERIVED, QuantizedLayer, float_layer, put, quantized_layer, split_inputs
 from exporter.specs import FLOAT_LAYERS, LayerSpec
 from exporter.tensors import pack, unpack
+from exporter.weights import read_header
 
 SHARD_BYTES = 512 << 20  # what one file holds, and so what is in memory while it is written
 STORED = ("weight_codes", "weight_scale", "weight_codebook")  # what a layer stores for its weight
@@ -191,6 +192,17 @@ def _check_stored(raw: torch.Tensor, wanted: torch.Size, leaf: str, what: str) -
     numbers = raw.is_floating_point() and raw.itemsize > 1  # float8 are codes
     if numbers and not raw.isfinite().all():
         raise UserError(f"{what} holds {leaf} with NaN or infinity", fix="quantize it again")
+
+
+def stored_bytes(artifact: Artifact) -> dict[str, int]:
+    """Returns the bytes that each layer, quantized or kept, takes in the artifact's files."""
+    found: dict[str, int] = {}
+    for file in artifact.files("weights-"):
+        for name, entry in read_header(artifact.file(file)).items():
+            first, last = entry["data_offsets"]
+            owner = name.rpartition(".")[0]
+            found[owner] = found.get(owner, 0) + last - first
+    return found
 
 
 def storage(model: nn.Module) -> Json:

@@ -32,7 +32,9 @@ RULE_KEYS = (
     "fewer_weights_than",
     "split_skips",
     "deployable",
+    "allow",
 )
+ALLOWED = ("float",)
 ACTIVATION_GRANULARITIES = ("tensor", "step")
 _FORMAT_KEYS = ("bits", "exponent_bits", "mantissa_bits")
 _CODEBOOK_KEYS = ("vector_size", "codebook_size")
@@ -84,7 +86,8 @@ class Rule:
 
     A layer must match all of `layers` (a shell pattern on module paths), `scope` (which part of the model), `type`,
     `grouped` (only convolutions in groups), `narrower_than` (fewer channels in or out, per group) and
-    `fewer_weights_than`. Not `deployable`: for study, with formats that no engine multiplies.
+    `fewer_weights_than`. Not `deployable`: for study, with formats that no engine multiplies. `allow`: what an engine
+    may run instead of what is asked, without failing the audit: "float".
     """
 
     layers: str
@@ -96,6 +99,7 @@ class Rule:
     fewer_weights_than: int | None = None
     split_skips: bool = False
     deployable: bool = True
+    allow: str | None = None
     weight: WeightSpec | None = None
     activation: ActivationSpec | None = None
     method: MethodSpec | None = None
@@ -137,14 +141,13 @@ class Recipe:
         """sha256 of what the recipe says, whatever its file's name, order of keys or comments."""
         return digest_json(self.source)
 
-    def products(self, attentions: Collection[str], blocks: Collection[str]) -> dict[str, ActivationSpec]:
-        """Returns how the products of attentions are quantized; one that no rule matches stays float."""
-        found = {}
-        for path in attentions:
-            rule = next((r for r in self.rules if r.matches_attention(path, _within(path, blocks))), None)
-            if rule is not None and rule.activation is not None:
-                found[path] = rule.activation
-        return found
+    def attention_rules(self, attentions: Collection[str], blocks: Collection[str]) -> dict[str, Rule]:
+        """Returns the first rule that matches each attention; of one that none matches products stay float."""
+        found = {
+            path: next((r for r in self.rules if r.matches_attention(path, _within(path, blocks))), None)
+            for path in attentions
+        }
+        return {path: rule for path, rule in found.items() if rule is not None}
 
     def assign(
         self, layers: Mapping[str, LayerFacts], blocks: Collection[str], attentions: Collection[str] = ()
@@ -271,6 +274,8 @@ def _rule(table: Any, where: str) -> Rule:
     for key in ("narrower_than", "fewer_weights_than"):
         if key in table:
             _integer(table, key, where, default=0, least=2)
+    if "allow" in table and table["allow"] not in ALLOWED:
+        raise unknown("allow", str(table["allow"]), ALLOWED, where)
     rule = Rule(**{key: table[key] for key in RULE_KEYS if key in table})
     if "keep" in table:
         return _keep(rule, table, where)
@@ -359,7 +364,7 @@ def _check_pair(weight: WeightSpec, activation: ActivationSpec, where: str) -> N
 def _keep(rule: Rule, table: Mapping[str, Any], where: str) -> Rule:
     if table["keep"] != "float":
         raise unknown("keep", str(table["keep"]), ("float",), where)
-    if extra := {"weight", "activation", "method", "split_skips", "deployable"} & table.keys():
+    if extra := {"weight", "activation", "method", "split_skips", "deployable", "allow"} & table.keys():
         raise UserError(f"{where}: keeps its layers but also says {', '.join(sorted(extra))}", fix="drop one of them")
     return rule
 

@@ -72,7 +72,8 @@ def print_report(report: Json) -> None:
     for check in report["checks"]:
         if not check["passed"]:
             value = "no number" if check["value"] is None else f"{check['value']:.4g}"
-            console.print(f"[red]failed[/] {check['name']}: {value} {check['unit']}, limit {check['limit']}")
+            told = f"; {check['detail']}" if check.get("detail") else ""
+            console.print(f"[red]failed[/] {check['name']}: {value} {check['unit']}, limit {check['limit']}{told}")
     times = report.get("throughput", [])
     noisy = [f"{r['runner']} at batch {r['batch']}" for r in times if r["ms_p95"] > NOISY * r["ms_p50"]]
     if noisy:

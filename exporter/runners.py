@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,3 +81,27 @@ class TorchRunner:
         position = steps.Position(torch.as_tensor(feeds["step"])) if "step" in feeds else None
         with steps.at(position), WideSums():
             return self.family.call(self._model, tensors)
+
+    def first_not_finite(self, feeds: Any) -> str | None:
+        """Returns the first module, as they finish, that gives NaN or infinity, None if none does."""
+        found: list[str] = []
+
+        def hook(path: str) -> Any:
+            def see(_module: nn.Module, _args: Any, output: Any) -> None:
+                if not found and not all(bool(one.isfinite().all()) for one in _tensors(output)):
+                    found.append(path)
+
+            return see
+
+        handles = [one.register_forward_hook(hook(path)) for path, one in self._model.named_modules() if path]
+        try:
+            self.run_tensors(feeds)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return next(iter(found), None)
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    return (one for one in parts if isinstance(one, torch.Tensor) and one.is_floating_point())

@@ -2,59 +2,56 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from engines import backends
 from engines.artifacts import Artifact, Json
+from engines.audit import audit
 from engines.plans import PLAN, read_plan
 from engines.runner import Runner
-from exporter import images, progress, quantized
+from exporter import images, progress, quantized, taps
 from exporter.checkpoint import Checkpoint
+from exporter.checks import checks, is_doubtful, passes, quantization_db
 from exporter.conditions import validation_entries
 from exporter.layers import compare_layers
 from exporter.metrics import finite, sqnr_db
+from exporter.modules import float_layers
 from exporter.quantize import REFERENCE_ROWS, reference_feeds, reference_steps
 from exporter.ranges import activation_of
 from exporter.run_folder import Run
 from exporter.runners import TorchRunner, in_chunks
+from exporter.sampling import Call
 
-FLOOR_MARGIN_DB = 3.0  # how far under the rounding floor an engine may fall: twice the noise power
-# Where nothing rounds to codes the floor is that of one library's order of summation, and another that is as correct
-# may lie some dB below: ONNX Runtime sums the 192 products behind an output of digits-dit one after the other, where
-# torch sums them in lanes, and agrees to 125 … 131 dB under a floor of 127 … 138 dB. Anything above this is agreement.
-FP32_AGREEMENT_DB = 120.0
-# A small model flips few codes, perhaps none where its floor is measured and one in the engine: far under the floor,
-# yet without consequence. What lies this far below the quantization error, a hundredth of its power, is let pass.
-NEGLIGIBLE_DB = 20.0
 # What a layer on its own must reach: two orders of summation in fp32 agree to 120 dB and more, in fp16 to 60; codes
 # differ where a value lies within fp32's rounding of a boundary.
 LAYER_DB, LAYER_CODES = 60.0, 1e-4
-ACCURACY_MARGIN = 0.01  # of the float model's task score
 
 
 def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -> Json:
     """Returns the report's content, without throughput; writes samples.png into `folder`."""
     reference = load_file(run.quantized.file(quantized.REFERENCE))
+    layers = list(float_layers(checkpoint.skeleton()))
+    floats = _float_outputs(checkpoint, layers, reference)
     model = quantized.load(run.quantized)
     pytorch = TorchRunner("quantized", model, checkpoint.family)
+    outputs = taps.record(pytorch, model, layers, reference)
     ours, refusals = open_runners(run)
     rows = checkpoint.family.rows(REFERENCE_ROWS)
-    lowering = [r for name, runner in ours.items() for r in lowering_rows(runner, run.engines[name], reference, rows)]
     per_step = [row for runner in (pytorch, *ours.values()) for row in per_step_rows(runner, reference, run, rows)]
-    quantization = _quantization_db(per_step)
-    doubtful = [row for row in lowering if row["backend"] == "ort" and _is_doubtful(row, quantization)]
-    for dtype in {row["dtype"] for row in doubtful}:
-        agree = _layers_agree(run, dtype)
-        for row in doubtful:
-            row["layers_agree"] = row.get("layers_agree", True) and (agree or row["dtype"] != dtype)
+    lowering = [r for name, runner in ours.items() for r in lowering_rows(runner, run.engines[name], reference, rows)]
+    lowering = _judged_by_layers(run, lowering, quantization_db(per_step))
     entries = validation_entries(checkpoint, run.quantized.info["entries"])
-    trajectories, scores = images.judge(checkpoint, entries, pytorch, ours, folder, seed)
+    trajectories, scores, bad = images.judge(checkpoint, entries, pytorch, ours, folder, seed)
+    failing = {row["backend"] for row in lowering if not passes(row, quantization_db(per_step))}
+    origins = [one for name in failing for one in origins_of(run, name, outputs, reference)]
+    origins += [_origin_of_nan(run, name, call, pytorch, layers) for name, call in bad.items()]
     report = {
         "schema_version": 1,
         "model": {
@@ -65,11 +62,60 @@ def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -
         "weights": run.quantized.info["weights"],
         "activations": activation_counts(run.quantized.info),
         "engines": [engine_row(name, engine, folder, refusals) for name, engine in run.engines.items()],
-        "accuracy": {"lowering": lowering, "per_step": per_step, "trajectory": trajectories, "images": scores},
+        "accuracy": {
+            "lowering": lowering,
+            "per_step": per_step,
+            "layers": taps.compared("quantized", floats, outputs),
+            "origins": origins,
+            "trajectory": trajectories,
+            "images": scores,
+        },
     }
-    report["checks"] = checks(report, run)
+    report["checks"] = checks(report)
     report["passed"] = all(check["passed"] for check in report["checks"])
     return report
+
+
+def _float_outputs(checkpoint: Checkpoint, layers: Sequence[str], reference: taps.Reference) -> taps.Outputs:
+    model = checkpoint.load()
+    return taps.record(TorchRunner("float", model, checkpoint.family), model, layers, reference)
+
+
+def _judged_by_layers(run: Run, rows: Sequence[Json], quantization: Mapping[int, float | None]) -> list[Json]:
+    """Returns lowering rows, those that luck may have put under their floor with what the layers say of them."""
+    doubtful = [row for row in rows if row["backend"] == "ort" and is_doubtful(row, quantization)]
+    agree = {dtype: _layers_agree(run, dtype) for dtype in {row["dtype"] for row in doubtful}}
+    return [row | ({"layers_agree": agree[row["dtype"]]} if row in doubtful else {}) for row in rows]
+
+
+def origins_of(run: Run, name: str, outputs: taps.Outputs, reference: taps.Reference) -> list[Json]:
+    """Returns, step by step, the first layer of an ONNX Runtime engine that is off; none where no layer is."""
+    if name != "ort":
+        return []
+    layers = list(dict.fromkeys(layer for _, layer in outputs))
+    dtype = torch.float64 if run.engines[name].info["dtype"] == "fp32" else torch.float16
+    model = nn.Module.to(quantized.load(run.quantized), dtype)
+    exact = taps.record(
+        TorchRunner("exact", model, quantized.family(run.quantized), dtype=dtype), model, layers, reference
+    )
+    floors = taps.compared("floor", exact, outputs)
+    rows = taps.compared(name, outputs, taps.record_engine(run.engines[name], layers, reference))
+    found = [taps.origin([row for row in rows if row["step"] == step], floors) for step in reference_steps(reference)]
+    return [one for one in found if one is not None]
+
+
+def _origin_of_nan(run: Run, name: str, call: Call, pytorch: TorchRunner, layers: Sequence[str]) -> Json:
+    """Returns the layer in which a runner's first NaN or infinity of a trajectory arises."""
+    found = {"runner": name, "layer": None, "step": call.step, "sqnr_db": None, "not_finite": 0}
+    found["not_finite"] = int((~np.isfinite(call.output)).sum())
+    if name == pytorch.name:
+        return found | {"layer": pytorch.first_not_finite(call.feeds)}
+    if name != "ort":
+        return found
+    worst = np.argsort(np.isfinite(call.output).reshape(len(call.output), -1).all(axis=1), kind="stable")
+    feeds = {f"{call.step}/feeds/{key}": torch.from_numpy(value[worst]) for key, value in call.feeds.items()}
+    seen = taps.record_engine(run.engines[name], layers, feeds)
+    return found | {"layer": next((layer for (_, layer), one in seen.items() if one.not_finite), None)}
 
 
 def activation_counts(info: Json) -> dict[str, dict[str, int]]:
@@ -92,23 +138,6 @@ def open_runners(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
             refusals[name] = reason
             progress.note(f"{name}: built, not run: {reason}")
     return runners, refusals
-
-
-def _quantization_db(per_step: Sequence[Json]) -> dict[int, float | None]:
-    """Returns the quantized PyTorch model's SQNR against the float one, by step."""
-    return {row["step"]: row["sqnr_db"] for row in per_step if row["runner"] == "quantized"}
-
-
-def _is_doubtful(row: Json, quantization: Mapping[int, float | None]) -> bool:
-    """Whether a row lies under its floor, yet no further off than quantization itself.
-
-    Where one flipped code flips many behind it, a step's floor is a matter of luck: a row of the feed either has such a
-    flip or has none. Then the layers decide, each on its own.
-    """
-    error_db = quantization.get(row["step"])
-    if row["not_finite"] or row["sqnr_db"] is None or error_db is None:
-        return False
-    return _under(row, error_db) > FLOOR_MARGIN_DB and bool(row["sqnr_db"] >= error_db - FLOOR_MARGIN_DB)
 
 
 def _layers_agree(run: Run, dtype: str) -> bool:
@@ -193,60 +222,12 @@ def engine_row(name: str, engine: Artifact, folder: Path, refusals: Mapping[str,
         "path": engine.path.relative_to(folder).as_posix(),
         "bytes": engine.bytes - engine.file(PLAN).stat().st_size,
         **{key: engine.info[key] for key in ("decode", "weight_bytes", "resident_weight_bytes")},
+        "graph_weight_bytes": engine.info["graph"]["weight_bytes"],
         "gpu": engine.info["gpu"],
         "ran": name not in refusals,
+        "audit": [row.to_json() for row in audit(engine)],
         "layers": [row.to_json() for row in rows],
     }
-
-
-def checks(report: Json, run: Run) -> list[Json]:
-    """Returns what decides `passed`: engines at their rounding floor, compression kept, classes kept."""
-    quantization = _quantization_db(report["accuracy"]["per_step"])
-    found = [
-        check(
-            f"lowering {row['backend']} step {row['step']} under its floor",
-            math.inf if row["not_finite"] else _under(row, quantization.get(row["step"])),
-            "dB",
-            FLOOR_MARGIN_DB,
-        )
-        for row in report["accuracy"]["lowering"]
-    ]
-    for row in report["engines"]:
-        graph = run.graphs[row["dtype"]].info["weight_bytes"]
-        found.append(
-            check(f"weights of {row['backend']} beyond the graph's", row["weight_bytes"] / graph - 1, "", 0.03)
-        )
-    scores = report["accuracy"]["images"]
-    found.append(check(f"NaN or infinite values in the images of {scores['runner']}", scores["not_finite"], "", 0))
-    if score := scores["task_score"]:
-        found.append(check(f"{score['name']} lost", score["lost"]["mean"], "", ACCURACY_MARGIN))
-    return found
-
-
-def check(name: str, value: float, unit: str, limit: float) -> Json:
-    """A check passes when its value is at most the limit; a value that is no number fails."""
-    return {
-        "name": name,
-        "value": finite(value),
-        "unit": unit,
-        "limit": limit,
-        "passed": not math.isnan(value) and value <= limit + 1e-9,
-    }
-
-
-def _under(row: Json, quantization_db: float | None) -> float:
-    """Returns how far a lowering row lies under what is asked of it, in dB before the margin.
-
-    Asked is its floor, or less where less is agreement in fp32, or negligible beside the quantization error.
-    """
-    if row["sqnr_db"] is None or row.get("layers_agree"):
-        return 0.0  # equal to PyTorch bit for bit, or layer by layer
-    asked = [math.inf if row["floor_db"] is None else row["floor_db"]]
-    if row["dtype"] == "fp32":
-        asked.append(FP32_AGREEMENT_DB + FLOOR_MARGIN_DB)
-    if quantization_db is not None:
-        asked.append(quantization_db + NEGLIGIBLE_DB + FLOOR_MARGIN_DB)
-    return float(min(asked) - row["sqnr_db"])
 
 
 def not_finite(tensor: torch.Tensor) -> int:

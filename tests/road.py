@@ -15,13 +15,14 @@ from engines.plans import read_plan
 from exporter import quantized, recipe
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
+from exporter.checks import FLOOR_MARGIN_DB, under
 from exporter.layers import compare_layers
 from exporter.lower import lower
 from exporter.metrics import finite, sqnr_db
 from exporter.quantize import quantize
 from exporter.run_folder import Run
 from exporter.runners import TorchRunner
-from exporter.validate import FLOOR_MARGIN_DB, _under, lowering_rows, open_runners, per_step_rows
+from exporter.validate import lowering_rows, open_runners, per_step_rows
 
 LAYER_KINDS = ("gemm", "correlation")  # TensorRT's names for matmuls and convolutions
 
@@ -64,7 +65,7 @@ def assert_agrees(row, quantization_db, *, rounds):
     if rounds:
         assert row["sqnr_db"] is None or row["sqnr_db"] >= quantization_db - 3, (row, quantization_db)
     else:
-        assert _under(row, quantization_db) <= FLOOR_MARGIN_DB, (row, quantization_db)
+        assert under(row, quantization_db) <= FLOOR_MARGIN_DB, (row, quantization_db)
 
 
 def assert_recorded_feeds_agree(runner, run, rounds):

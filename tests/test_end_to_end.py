@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from engines.build import build
 from engines.plans import constant_bytes
 from exporter import quantized
+from exporter.checks import FLOOR_MARGIN_DB, FP32_AGREEMENT_DB
 from exporter.images import IMAGES
 from exporter.layers import compare_layers
 from exporter.run_folder import Run
-from exporter.validate import FLOOR_MARGIN_DB, FP32_AGREEMENT_DB, lowering_rows, open_runners, validate
+from exporter.validate import lowering_rows, open_runners, validate
 
 STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8", "int4": "INT4"}
 SIZE_LIMIT = {"fp8": 0.60, "int8": 0.60, "int4": 0.42}

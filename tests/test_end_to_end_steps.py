@@ -14,11 +14,12 @@ from engines.plans import read_plan
 from exporter import quantized, recipe
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
+from exporter.checks import FLOOR_MARGIN_DB, under
 from exporter.layers import compare_layers
 from exporter.lower import lower
 from exporter.quantize import quantize
 from exporter.run_folder import Run
-from exporter.validate import FLOOR_MARGIN_DB, _under, lowering_rows, open_runners
+from exporter.validate import lowering_rows, open_runners
 
 SAME_CODES = 0.999  # of a layer, on the same inputs: the project's bar
 
@@ -46,7 +47,7 @@ def test_w4a8_agrees_on_mixed_steps_and_multiplies_int8(digits, tmp_path):
     rows = lowering_rows(open_runners(run)[0]["ort"], run.engines["ort"], reference)
     assert len(rows) == 5
     for row in rows:
-        assert _under(row, None) <= FLOOR_MARGIN_DB, row
+        assert under(row, None) <= FLOOR_MARGIN_DB, row
     for row in compare_layers(replace(run, engines={})):
         assert row["codes"] == 0 or row["codes_different"] <= 1 - SAME_CODES, row
 

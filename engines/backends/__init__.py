@@ -10,6 +10,7 @@ from typing import Protocol, cast
 
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError, unknown
+from engines.plans import PlanRow
 from engines.runner import Runner
 from engines.schedule import with_steps
 
@@ -44,6 +45,12 @@ class Backend(Protocol):
 
         Returns, by module, the bytes that its weight takes in memory beyond the file, on purpose.
         """
+
+    def multiplied(self, row: PlanRow) -> str | None:
+        """Returns the type that a row of its plans multiplies in, None for one that multiplies nothing."""
+
+    def explain(self, op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None]) -> str | None:
+        """Returns why it runs a matmul, convolution or attention in other types than asked, None if it should not."""
 
     def cannot_run(self) -> str | None:
         """Returns why engines of this backend cannot run on this machine, or None if they can."""

@@ -1,15 +1,15 @@
-"""What TensorRT and TensorRT-RTX share: network, profile, configuration, and the plan in the builder's log."""
+"""What TensorRT and TensorRT-RTX share: what targets have, network, profile and configuration."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.artifacts import Json
+from engines.backends._tensorrt_plan import read_log
 from engines.errors import UserError
-from engines.plans import PlanRow, tensor_bytes
+from engines.plans import PlanRow
 
 # Targets that have a format in hardware. Source: TensorRT support matrix (FP8 from Ada, FP4 on Blackwell,
 # INT4 weights from Ampere); the pairs of TensorRT-RTX were confirmed by building for each target.
@@ -19,10 +19,6 @@ SUPPORT = {
     "fp4": ("sm100", "sm103", "sm120", "sm121"),
     "int4": ("sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121"),
 }
-TYPES = {
-    "Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "FP8": "fp8", "FP4": "fp4", "Int8": "int8", "Int4": "int4",
-    "Int32": "int32", "Int64": "int64", "Bool": "bool", "UInt8": "uint8",
-}  # fmt: skip
 
 
 def check_support(layers: Mapping[str, Mapping[str, str | None]], gpu: str, known: Sequence[str]) -> None:
@@ -72,7 +68,7 @@ def build_engine(trt: Any, model: Path, graph: Json, folder: Path, configure: An
         reason = " ".join(log.errors) or "no reason given"
         raise UserError(f"{model}: the builder refuses it: {reason}", fix="choose another --gpu or another recipe")
     (folder / "engine.plan").write_bytes(engine)
-    return read_plan(log.lines)
+    return read_log(log.lines)
 
 
 def _parsable(model: Path) -> bytes:
@@ -94,69 +90,6 @@ def _profile(builder: Any, network: Any, graph: Json) -> Any:
         ]
         profile.set_shape(entry["name"], *shapes)
     return profile
-
-
-_LAYER = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: (?P<inputs>.*?), Constants: (?P<constants>.*?), "
-    r"Outputs: (?P<outputs>.*?), TacticName: .*?, StreamId: .*?Metadata: ?(?P<nodes>.*)$"
-)
-_TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
-_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f|\[|$)")  # TensorRT-RTX 1.7 writes a unit separator between them
-
-
-def read_plan(lines: Sequence[str]) -> list[PlanRow]:
-    """Reads the compiled layers out of a verbose build log; a constant that layers share counts in the first."""
-    text = "\n".join(lines)
-    start = text.rfind("Layers:\n")
-    if start < 0:
-        raise UserError(
-            "the builder's log has no list of layers, so nobody can tell what the engine runs",
-            fix="use the tested version of the library (constraints.txt)",
-        )
-    rows, counted = [], set[str]()
-    for line in text[start + len("Layers:\n") :].splitlines():
-        if not line.startswith("Name: "):
-            break
-        rows.append(_row(line, counted))
-    return rows
-
-
-def _row(line: str, counted: set[str]) -> PlanRow:
-    match = _LAYER.match(line)
-    if match is None:
-        raise UserError(
-            f"a layer of the plan cannot be read: {line[:200]}", fix="use the tested version (constraints.txt)"
-        )
-    inputs, constants, outputs = (_TENSOR.findall(match[part]) for part in ("inputs", "constants", "outputs"))
-    fresh = [c for c in constants if c[0] not in counted]
-    counted.update(c[0] for c in fresh)
-    return PlanRow(
-        name=match["name"],
-        kind=match["kind"].lower(),
-        input_types=tuple(_type(t) for _, _, t in inputs),
-        constant_types=tuple(_type(t) for _, _, t in constants),
-        constant_bytes=sum(tensor_bytes(_dims(d), _type(t)) for _, d, t in fresh),
-        output_types=tuple(_type(t) for _, _, t in outputs),
-        onnx_nodes=tuple(dict.fromkeys(_outermost(node) for node in _NODE.findall(match["nodes"]))),
-    )
-
-
-def _outermost(node: str) -> str:
-    """Returns the graph's own node: one inside a function's body is listed as `Add | path/Op (Op)`."""
-    _, inside, call = node.rpartition(" | ")
-    return call.rpartition(" (")[0] if inside else node
-
-
-def _type(name: str) -> str:
-    if name not in TYPES:
-        raise UserError(
-            f"the plan names a type {name!r} that is not known", fix="use the tested version (constraints.txt)"
-        )
-    return TYPES[name]
-
-
-def _dims(text: str) -> tuple[int, ...]:
-    return tuple(int(d) for d in text.split(",") if d.strip())
 
 
 class PolygraphyRunner:

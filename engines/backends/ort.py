@@ -6,7 +6,7 @@ import functools
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from engines import gpu as gpus
 from engines import native
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError
-from engines.plans import PlanRow, tensor_bytes, write_plan
+from engines.plans import FLOATS, PlanRow, tensor_bytes, write_plan
 from engines.runner import Feeds
 
 if TYPE_CHECKING:
@@ -64,6 +64,29 @@ def resolve_gpu(gpu: str | None) -> str | None:
 
 def check(layers: Mapping[str, Mapping[str, str | None]], gpu: str | None) -> None:
     """ONNX Runtime computes every format we emit, in float where it has no kernel; there is nothing to refuse."""
+
+
+# Kernels that multiply, and those of them that do so in integers whatever else they read.
+MATMULS = ("matmul", "fusedmatmul", "gemm", "fusedgemm", "conv", "fusedconv", "einsum", "matmulnbits", "codebookmatmul")
+INTEGER = ("matmulintegertofloat", "qlinearmatmul", "qgemm", "qlinearconv", "matmulinteger", "convinteger")
+
+
+def multiplied(row: PlanRow) -> str | None:
+    if row.kind in INTEGER:
+        return "int8"
+    return next((kind for kind in row.input_types if kind in FLOATS), "fp32") if row.kind in MATMULS else None
+
+
+def explain(op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None]) -> str | None:
+    """Returns what ONNX Runtime has no kernel for; the numbers are those asked for all the same."""
+    in_float = got["activation"] in FLOATS
+    if asked["activation"] == "fp8" and in_float:
+        return "no FP8 kernels: FP8 values, multiplied in float"
+    if asked["activation"] == "int8" and in_float and op == "convolution":
+        return "an INT8 convolution wants its output quantized too: INT8 values, convolved in float"
+    if asked["weight"] == "int4" and got["weight"] == got["activation"] == "int8":
+        return "no INT4 by INT8 kernels: 4 bits in the file, widened to INT8 when opened"
+    return None
 
 
 def cannot_run() -> str | None:
@@ -179,13 +202,15 @@ def open_session(
 
 
 class OrtRunner:
-    """Runs an ONNX Runtime session."""
+    """Runs an ONNX Runtime session, all its outputs or some."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, name: str = "ort") -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, name: str = "ort", outputs: Sequence[str] | None = None
+    ) -> None:
         self.name = name
         self._session = session
         self._types = {i.name: np.float16 if i.type == "tensor(float16)" else None for i in session.get_inputs()}
-        self._outputs = [o.name for o in session.get_outputs()]
+        self._outputs = list(outputs or (o.name for o in session.get_outputs()))
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         cast = {n: feeds[n].astype(t) if t else np.ascontiguousarray(feeds[n]) for n, t in self._types.items()}
@@ -221,10 +246,13 @@ def read_plan(optimized: onnx.ModelProto, source: onnx.ModelProto) -> list[PlanR
         for value in (*node.input, *node.output):
             origin.setdefault(value, []).append(node.name)
     made_by = {value: node.name for node in source.graph.node for value in node.output}
+    named = {node.name for node in source.graph.node}
     rows, counted = [], set[str]()
     for node in graph.node:
         own = [value for value in node.input if value in constants]
-        nodes = [made_by[value] for value in node.output if value in made_by]
+        nodes = [name for name in _names(node.name) if name in named]
+        laid_out = node.name.removesuffix("_nchwc")  # a convolution in another layout, called after what it gives
+        nodes += [made_by[value] for value in (*node.output, laid_out) if value in made_by]
         nodes += [name for value in own if len(origin.get(value, [])) == 1 for name in origin[value]]
         fresh = [value for value in dict.fromkeys(own) if value not in counted]
         counted.update(fresh)
@@ -233,13 +261,25 @@ def read_plan(optimized: onnx.ModelProto, source: onnx.ModelProto) -> list[PlanR
                 name=node.name,
                 kind=node.op_type.lower(),
                 input_types=tuple(types.get(v, "other") for v in node.input if v and v not in constants),
-                constant_types=tuple(constants[v][1] for v in own),
+                constant_types=_packed(node, tuple(constants[v][1] for v in own)),
                 constant_bytes=sum(tensor_bytes(*_sized(constants[v])) for v in fresh),
                 output_types=tuple(types.get(v, "other") for v in node.output if v),
                 onnx_nodes=tuple(dict.fromkeys(nodes)),
             )
         )
     return rows
+
+
+def _names(name: str) -> list[str]:
+    """Returns what a node may have been called before a fusion added to its name: `path/MatMul/MatMulScaleFusion/`."""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _packed(node: onnx.NodeProto, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the types of a node's constants; MatMulNBits holds codes of a few bits in bytes."""
+    bits = next((a.i for a in node.attribute if a.name == "bits" and node.op_type == "MatMulNBits"), None)
+    return (f"int{bits}", *kinds[1:]) if bits else kinds
 
 
 def _types(model: onnx.ModelProto) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from engines import gpu as gpus
 from engines.artifacts import Artifact, Json
-from engines.backends import _tensorrt
+from engines.backends import _tensorrt, _tensorrt_plan
 from engines.errors import UserError, unknown
 from engines.plans import write_plan
 
@@ -63,6 +63,14 @@ def build(model: Path, graph: Json, folder: Path, gpu: str | None, decode: str |
 
     write_plan(_tensorrt.build_engine(trt, model, graph, folder, configure), folder)
     return {}
+
+
+multiplied = _tensorrt_plan.multiplied
+
+
+def explain(op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None]) -> str | None:
+    """It has kernels for every type that it takes: nothing excuses another."""
+    return None
 
 
 def cannot_run() -> str | None:

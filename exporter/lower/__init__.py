@@ -35,6 +35,7 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32", step_input: str =
     if step_input == "row" and not any(one["steps"] for one in stepped):
         raise UserError(f"{source.path}: has no scales by step, so no row of them is fed", fix="leave out --step-input")
     check_deployable(source.info["layers"], str(source.path))
+    _check_range(source, dtype)
     libraries = versions("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
     request = Request("graph", {"quantized": source.digest}, {"dtype": dtype, "step_input": step_input}, libraries)
     if (made := artifacts.current(out, request)) is not None:
@@ -55,11 +56,11 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32", step_input: str =
         shapes = {
             path: layer.weight_shape for path, layer in quantized.quantized_layers(quantized.skeleton(source)).items()
         }
-        found, modules = check_graph(draft.path / "model.onnx", specs, shapes)
+        found = check_graph(draft.path / "model.onnx", specs, shapes)
         link_or_copy(source.file(quantized.REFERENCE), draft.path / quantized.REFERENCE)
         if table is not None:
             np.save(draft.path / schedule.FILE, table.values.numpy())
-        draft.info = _info(source, dtype, inputs, found) | {"module_bytes": modules}
+        draft.info = _info(source, dtype, inputs) | found
         draft.info["step_input"] = step_input if table is not None else None
         draft.info["fed_timesteps"] = _fed_timesteps(source) if table is not None else None
     return artifacts.open_artifact(out, "graph")
@@ -84,6 +85,16 @@ def check_deployable(layers: Mapping[str, Any], where: str) -> None:
             f"{where}: {len(simulated)} layers are simulated (deployable = false), {simulated[0]!r} the first: "
             "no graph holds them",
             fix="study them in PyTorch, or drop deployable = false from the recipe and quantize again",
+        )
+
+
+def _check_range(source: Artifact, dtype: str) -> None:
+    """Raises a UserError if the model overflows in a graph's float type, which was seen when it was quantized."""
+    if dtype == "fp16" and (found := source.info["fp16_overflow"]):
+        raise UserError(
+            f"{source.path}: in fp16 layer {found['layer']!r} overflows at step {found['step']}: {found['values']} NaN "
+            "or infinite values come out of the model",
+            fix="lower it with --dtype fp32",
         )
 
 
@@ -134,7 +145,7 @@ def write(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if total > EXTERNAL_BYTES else None)
 
 
-def _info(source: Artifact, dtype: str, inputs: Sequence[TensorSpec], found: Mapping[str, int]) -> Json:
+def _info(source: Artifact, dtype: str, inputs: Sequence[TensorSpec]) -> Json:
     from exporter import quantized
     from exporter.lower.trace import IR_VERSION, OPSET
 
@@ -152,7 +163,6 @@ def _info(source: Artifact, dtype: str, inputs: Sequence[TensorSpec], found: Map
         "axes": {name: axis.to_json() for name, axis in family.axes().items()},
         "layers": {path: spec.engine_types for path, spec in quantized.specs(source).items()},
         "points": {path: spec.engine_type for path, spec in quantized.points(source).items()},
-        "initializer_bytes": dict(sorted(found.items())),
-        "weight_bytes": sum(found.values()),
-        **{key: info[key] for key in ("model", "recipe", "weights", "timesteps", "sampler", "splits")},
+        "stored_bytes": quantized.stored_bytes(source),
+        **{key: info[key] for key in ("model", "recipe", "weights", "timesteps", "sampler", "splits", "allowed")},
     }

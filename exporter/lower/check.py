@@ -10,6 +10,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from engines.artifacts import Json
+from exporter.lower.multiplications import check_quantized, multiplications
 from exporter.ops import codebook
 from exporter.specs import LayerSpec
 
@@ -26,12 +28,11 @@ DECODERS = ("DequantizeLinear", codebook.NAME)  # what reads a layer's codes
 TYPES = frozenset("FLOAT FLOAT16 INT64 INT32 BOOL INT8 INT4 FLOAT8E4M3FN FLOAT8E5M2".split())
 
 
-def check_graph(
-    path: Path, specs: Mapping[str, LayerSpec], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Checks a written graph; returns bytes per initializer type, and those that each module's nodes read.
+def check_graph(path: Path, specs: Mapping[str, LayerSpec], shapes: Mapping[str, tuple[int, ...]]) -> Json:
+    """Checks a written graph; a violation is a fault of ours.
 
-    A violation is a fault of ours.
+    Returns what a manifest says of it: bytes per initializer type, and of those that each module's nodes read, and what
+    it multiplies.
     """
     onnx.checker.check_model(str(path), full_check=True)
     model = ir.load(path)
@@ -48,7 +49,14 @@ def check_graph(
         nodes.setdefault((node.name or "").rpartition("/")[0], []).append(node)
     for layer, spec in specs.items():
         _check_codes(nodes.get(layer, []), layer, spec, shapes[layer])
-    return found, {module: size for module, own in nodes.items() if (size := _constant_bytes(own))}
+    multiplied = multiplications(model)
+    check_quantized(multiplied, {path: spec.engine_types for path, spec in specs.items()})
+    return {
+        "initializer_bytes": dict(sorted(found.items())),
+        "weight_bytes": sum(found.values()),
+        "module_bytes": {module: size for module, own in nodes.items() if (size := _constant_bytes(own))},
+        "multiplications": multiplied,
+    }
 
 
 def _constant_bytes(nodes: Sequence[ir.Node]) -> int:

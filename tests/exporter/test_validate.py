@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from exporter.checks import check, under
 from exporter.metrics import finite, sqnr_db
-from exporter.validate import _under, check, lowering_rows
+from exporter.validate import lowering_rows
 
 
 def row(sqnr, floor, dtype="fp16"):
@@ -30,7 +31,7 @@ def row(sqnr, floor, dtype="fp16"):
     ],
 )
 def test_an_engine_keeps_to_its_floor_or_to_what_cannot_matter(sqnr, floor, dtype, quantization, passes):
-    assert check("lowering", _under(row(sqnr, floor, dtype), quantization), "dB", 3.0)["passed"] == passes
+    assert check("lowering", under(row(sqnr, floor, dtype), quantization), "dB", 3.0)["passed"] == passes
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

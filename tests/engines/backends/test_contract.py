@@ -13,7 +13,7 @@ def test_a_backend_holds_the_contract(name):
     backend = backends.load(name)
     assert backend.DTYPE in ("fp16", "fp32")
     assert all(isinstance(value, str) for value in backend.fingerprint().values())
-    for function in ("resolve_gpu", "check", "build", "cannot_run", "open_runner"):
+    for function in ("resolve_gpu", "check", "build", "multiplied", "explain", "cannot_run", "open_runner"):
         assert callable(getattr(backend, function))
     reason = backend.cannot_run()
     assert reason is None or reason

@@ -1,0 +1,52 @@
+"""What a person sees of an engine's audit: a table of its matmuls, convolutions and attentions, and what is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from rich.table import Column, Table
+
+from engines.artifacts import Json
+from engines.audit import AS_ASKED, OTHER
+
+STAGES = ("quantized", "graph", "engine")
+
+
+def table(rows: Sequence[Json]) -> Table:
+    """Returns a row for everything that an engine multiplies: what was asked, what runs, and the bytes on the way."""
+    made = Table(
+        Column("layer", overflow="fold"), "op", "asked", "runs as", Column("kernel", overflow="fold"),
+        Column("merged with", overflow="fold"), "casts", "quantized", "graph", "engine", "",
+    )  # fmt: skip
+    for column in made.columns[7:10]:
+        column.justify = "right"
+    for row in rows:
+        colour = {AS_ASKED: "green", OTHER: "red"}.get(row["status"], "yellow")
+        merged = ", ".join(row["merged_with"])
+        sizes = (f"{row['bytes'][stage]:,}" for stage in STAGES)
+        made.add_row(
+            row["layer"], row["op"], types(row["asked"]), types(row["got"]), _kernel(row), merged,
+            str(len(row["casts"]) or ""), *sizes, f"[{colour}]{row['status']}[/]",
+        )  # fmt: skip
+    return made
+
+
+def summary(rows: Sequence[Json]) -> list[str]:
+    """Returns how many rows run as asked, and of the others how many for which reason."""
+    counts = Counter((row["status"], row["reason"]) for row in rows)
+    return [
+        f"{count} of {len(rows)} {status}" + (f": {reason}" if reason else "")
+        for (status, reason), count in counts.most_common()
+    ]
+
+
+def types(kinds: Mapping[str, str | None]) -> str:
+    """Returns a weight's type and that of what it is multiplied with; products of attentions have no weight."""
+    return " × ".join(kind or "?" for key, kind in kinds.items() if kind or key == "activation")
+
+
+def _kernel(row: Json) -> str:
+    unfused = f", {len(row['unfused'])} Q/DQ apart" if row["unfused"] else ""
+    decoded = ", decoded before" if row["decoders"] else ""
+    return ", ".join(dict.fromkeys(row["kinds"])) + decoded + unfused

@@ -1,0 +1,107 @@
+"""Audits engines of all shipped recipes: which types every matmul, convolution and attention runs in, as asked or not.
+
+    python tools/audit_recipes.py digits-dit shapes-unet --out out/audit
+
+What engines run depends on formats and shapes, not on what was learned: methods that train take one iteration, on few
+trajectories. Every engine's table goes into --results as JSON and, in short, between the marks of --document. Exit code
+3 where something is neither as asked nor explained.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engines import audit, backends
+from engines.artifacts import Json, read_json, write_json
+from engines.build import build
+from exporter import methods, recipe
+from exporter.calibrate import calibrate
+from exporter.checkpoint import open_checkpoint
+from exporter.lower import lower
+from exporter.progress import note
+from exporter.quantize import quantize
+from exporter.recipe import Recipe
+
+SAMPLES = 8  # trajectories: one of them judges what is learned
+BACKENDS = {"ort": None, "trt-rtx": "sm89"}
+START, END = "<!-- audit: begin -->\n", "<!-- audit: end -->\n"
+
+
+def untrained(name: str) -> Recipe:
+    """Returns a shipped recipe whose methods train for one iteration, on few trajectories."""
+    source = recipe.load(name).source
+    rules = [rule | {"method": _short(rule["method"])} if "method" in rule else rule for rule in source["rule"]]
+    return recipe.parse(name, {"calibration": {"samples": SAMPLES}, "rule": rules})
+
+
+def _short(method: dict[str, Any]) -> dict[str, Any]:
+    known = methods.load(method["name"]).Options.__dataclass_fields__
+    return method | {key: 1 for key in ("iterations",) if key in known}
+
+
+def audited(model: str, name: str, out: Path) -> list[Json]:
+    """Builds a recipe's engines and returns their audits."""
+    checkpoint = open_checkpoint(model)
+    calibration = calibrate(checkpoint, out / model / "calibration", samples=SAMPLES)
+    folder = out / model / name
+    source = quantize(checkpoint, untrained(name), calibration, folder / "quantized")
+    found = []
+    for backend, gpu in BACKENDS.items():
+        dtype = backends.load(backend).DTYPE
+        graph = lower(source, folder / "graph" / dtype, dtype=dtype)
+        engine = build(graph, backend, folder / "engines" / backend, gpu=gpu)
+        rows = [row.to_json() for row in audit.audit(engine)]
+        found.append({"model": model, "recipe": name, "backend": backend, "gpu": gpu, "rows": rows})
+    return found
+
+
+def document(found: list[Json]) -> str:
+    """Returns the table: engines, how many of each status and in which types, and the reasons."""
+    lines = [
+        "| model | recipe | engine | as asked | explained | other | not as asked: why |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        count = Counter(row["status"] for row in one["rows"])
+        why = Counter(row["reason"] for row in one["rows"] if row["status"] != audit.AS_ASKED)
+        told = "; ".join(f"{number} × {reason}" for reason, number in why.items())
+        engine = " ".join(filter(None, (one["backend"], one["gpu"])))
+        numbers = [count[key] for key in (audit.AS_ASKED, audit.EXPLAINED, audit.OTHER)]
+        lines.append(f"| {one['model']} | `{one['recipe']}` | {engine} | {' | '.join(map(str, numbers))} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+def put(text: str, path: Path) -> None:
+    """Puts a table between the document's marks."""
+    whole = path.read_text(encoding="utf-8")
+    first, last = whole.index(START) + len(START), whole.index(END)
+    path.write_text(whole[:first] + text + whole[last:], encoding="utf-8")
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--recipes", default=",".join(recipe.names()), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out/audit"), show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), default=Path("docs/audit"), show_default=True)
+@click.option("--document", "table", type=click.Path(path_type=Path), default=Path("docs/audit.md"), show_default=True)
+def main(models: tuple[str, ...], recipes: str, out: Path, results: Path, table: Path) -> None:
+    """Audits, writes the tables; exits with 3 where something runs otherwise than asked and nothing says why."""
+    results.mkdir(parents=True, exist_ok=True)
+    for model in models:
+        for name in recipes.split(","):
+            for one in audited(model, name, out):
+                write_json(results / f"{model}.{name}.{one['backend']}.json", one)
+                note(document([one]).splitlines()[-1])
+    found = [read_json(path) for path in sorted(results.glob("*.json"))]
+    put(document(found), table)
+    if any(row["status"] == audit.OTHER for one in found for row in one["rows"]):
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
