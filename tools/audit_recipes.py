@@ -3,21 +3,23 @@
     python tools/audit_recipes.py digits-dit shapes-unet --out out/audit
 
 What engines run depends on formats and shapes, not on what was learned: methods that train take one iteration, on few
-trajectories. Every engine's table goes into --results as JSON and, in short, between the marks of --document. Exit code
+trajectories. What was found goes into --results as JSON and, in short, between the marks of --document. Exit code
 3 where something is neither as asked nor explained.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from engines import audit, backends
-from engines.artifacts import Json, read_json, write_json
+from engines.artifacts import Artifact, Json, read_json, write_json
 from engines.build import build
 from exporter import methods, recipe
 from exporter.calibrate import calibrate
@@ -50,28 +52,48 @@ def audited(model: str, name: str, out: Path) -> list[Json]:
     calibration = calibrate(checkpoint, out / model / "calibration", samples=SAMPLES)
     folder = out / model / name
     source = quantize(checkpoint, untrained(name), calibration, folder / "quantized")
-    found = []
-    for backend, gpu in BACKENDS.items():
-        dtype = backends.load(backend).DTYPE
-        graph = lower(source, folder / "graph" / dtype, dtype=dtype)
-        engine = build(graph, backend, folder / "engines" / backend, gpu=gpu)
-        rows = [row.to_json() for row in audit.audit(engine)]
-        found.append({"model": model, "recipe": name, "backend": backend, "gpu": gpu, "rows": rows})
-    return found
+    return [_audited(source, backend, folder) | {"model": model, "recipe": name} for backend in BACKENDS]
+
+
+def _audited(source: Artifact, backend: str, folder: Path) -> Json:
+    dtype, gpu = backends.load(backend).DTYPE, BACKENDS[backend]
+    graph = lower(source, folder / "graph" / dtype, dtype=dtype)
+    rows = audit.audit(build(graph, backend, folder / "engines" / backend, gpu=gpu))
+    sizes = {stage: sum(row.bytes[stage] for row in rows) for stage in ("quantized", "graph", "engine")}
+    return {"backend": backend, "dtype": dtype, "gpu": gpu, "bytes": sizes, "groups": groups(rows)}
+
+
+def groups(rows: Sequence[audit.AuditRow]) -> list[Json]:
+    """Returns rows that are alike but for their layers as one each, with their number and, of others, their names."""
+    alike: dict[str, Json] = {}
+    for row in rows:
+        what = {
+            "op": row.op,
+            "asked": dict(row.asked),
+            "got": dict(row.got),
+            "status": row.status,
+            "reason": row.reason,
+        }
+        group = alike.setdefault(json.dumps(what), what | {"rows": 0, "layers": []})
+        group["rows"] += 1
+        group["layers"] += [row.layer] if row.status == audit.OTHER else []
+    return list(alike.values())
 
 
 def document(found: list[Json]) -> str:
-    """Returns the table: engines, how many of each status and in which types, and the reasons."""
-    lines = [
-        "| model | recipe | engine | as asked | explained | other | not as asked: why |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Returns the table: how many rows run as asked, in which types, and why the others do not."""
+    lines = ["| model | recipe | engine | rows | as asked | explained | other | not as asked |", "|---" * 8 + "|"]
     for one in found:
-        count = Counter(row["status"] for row in one["rows"])
-        why = Counter(row["reason"] for row in one["rows"] if row["status"] != audit.AS_ASKED)
+        count: Counter[str] = Counter()
+        for group in one["groups"]:
+            count[group["status"]] += group["rows"]
+        numbers = [count.total(), *(count[key] for key in (audit.AS_ASKED, audit.EXPLAINED, audit.OTHER))]
+        why: Counter[str] = Counter()
+        for group in one["groups"]:
+            if group["status"] != audit.AS_ASKED:
+                why[group["reason"] or f"other: {', '.join(group['layers'])}"] += group["rows"]
         told = "; ".join(f"{number} × {reason}" for reason, number in why.items())
-        engine = " ".join(filter(None, (one["backend"], one["gpu"])))
-        numbers = [count[key] for key in (audit.AS_ASKED, audit.EXPLAINED, audit.OTHER)]
+        engine = " ".join(filter(None, (one["backend"], one["dtype"], one["gpu"])))
         lines.append(f"| {one['model']} | `{one['recipe']}` | {engine} | {' | '.join(map(str, numbers))} | {told} |")
     return "\n".join(lines) + "\n"
 
@@ -99,7 +121,7 @@ def main(models: tuple[str, ...], recipes: str, out: Path, results: Path, table:
                 note(document([one]).splitlines()[-1])
     found = [read_json(path) for path in sorted(results.glob("*.json"))]
     put(document(found), table)
-    if any(row["status"] == audit.OTHER for one in found for row in one["rows"]):
+    if any(group["status"] == audit.OTHER for one in found for group in one["groups"]):
         sys.exit(3)
 
 
