@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from calib_data import shapes, shipped
 from exporter import images
@@ -133,7 +134,12 @@ def test_every_runner_draws_from_the_same_noise_and_the_float_model_once_more(ti
     held = []
     monkeypatch.setattr(images, "scores", lambda _checkpoint, name, found: held.append((name, found)) or {})
     same = TorchRunner("ort", tiny.load(), tiny.family)
-    rows, _ = judge(tiny, ["3", "1"], TorchRunner("quantized", tiny.load(), tiny.family), {"ort": same}, tmp_path, 0)
+    pytorch = TorchRunner("quantized", tiny.load(), tiny.family)
+    rows, _, bad = judge(tiny, ["3", "1"], pytorch, {"ort": same}, tmp_path, 0)
+    assert bad == {}
+    shown = load_file(tmp_path / images.SHOWN)
+    assert torch.equal(shown["float"], shown["ort"])
+    assert len(shown["ort"]) == 7
     ((name, found),) = held
     assert name == "ort"
     assert len(found.reference) == len(found.judged) == len(found.again) == 7
@@ -150,9 +156,25 @@ def test_pytorch_is_judged_where_no_engine_runs_and_its_error_is_followed(tiny, 
     worse = tiny.load()
     with torch.no_grad():
         worse.proj_out_2.weight *= 1.01
-    rows, found = judge(tiny, ["3"], TorchRunner("quantized", worse, tiny.family), {}, tmp_path, 0)
+    rows, found, _ = judge(tiny, ["3"], TorchRunner("quantized", worse, tiny.family), {}, tmp_path, 0)
     assert found["runner"] == "quantized"
     assert found["n"] == 7
     assert 0 < found["psnr_db"]["mean"] < 120
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(0 < row["sqnr_db"] < 120 for row in rows)
+
+
+def test_the_first_call_that_gives_nan_is_kept_with_its_feeds(tiny, tmp_path):
+    class Breaking(TorchRunner):
+        def run(self, feeds):
+            output = super().run(feeds)
+            return {name: value * (np.nan if feeds["step"][0] >= 1 else 1) for name, value in output.items()}
+
+    breaking = Breaking("ort", tiny.load(), tiny.family)
+    _, found, bad = judge(
+        tiny, ["3"], TorchRunner("quantized", tiny.load(), tiny.family), {"ort": breaking}, tmp_path, 0
+    )
+    assert found["not_finite"] > 0
+    assert bad.keys() == {"ort"}
+    assert bad["ort"].step == 1
+    assert bad["ort"].feeds["step"].tolist() == [1, 1, 1]
