@@ -17,6 +17,7 @@ from engines.runner import Runner
 from exporter import images, progress, quantized
 from exporter.checkpoint import Checkpoint
 from exporter.conditions import validation_entries
+from exporter.histograms import worst_layers_histograms
 from exporter.layers import compare_layers
 from exporter.metrics import finite, sqnr_db
 from exporter.quantize import REFERENCE_ROWS, reference_feeds, reference_steps
@@ -67,6 +68,8 @@ def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -
         "engines": [engine_row(name, engine, folder, refusals) for name, engine in run.engines.items()],
         "accuracy": {"lowering": lowering, "per_step": per_step, "trajectory": trajectories, "images": scores},
     }
+    rows = report["accuracy"].get("layers", [])
+    report["histograms"] = worst_layers_histograms(checkpoint, run.quantized, rows)
     report["checks"] = checks(report, run)
     report["passed"] = all(check["passed"] for check in report["checks"])
     return report
