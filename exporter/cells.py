@@ -5,12 +5,13 @@ What a report of an earlier version lacks is left empty, never made up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from engines.artifacts import Json
 
-MOST_ROWS = 1500  # of a table: what a page of 5 MB holds of layer names; report.json has the rest
+MOST_ROWS = 1200  # of a table: what a page of 5 MB holds of layer names; report.json has the rest
 Cell = dict[str, Any]
 EQUAL: Cell = {"text": "equal", "value": "Infinity"}  # as JavaScript spells it
 
@@ -25,7 +26,7 @@ def at(report: Any, path: str, default: Any) -> Any:
 
 def dash(value: object, digits: int = 1, unit: str = "") -> str:
     """Spells a number, with its own minus; a dash for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
     return f"{value:,.{digits}f}".replace("-", "−") + unit
 

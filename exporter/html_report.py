@@ -6,8 +6,11 @@ import base64
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
 from engines import artifacts
 from engines.artifacts import Json
@@ -68,9 +71,13 @@ def siblings(folder: Path, report: Json) -> dict[str, Json]:
             other = report if path == here else read(path)
         except UserError:  # somebody else's file of that name
             continue
-        if other["model"] == report["model"]:
+        if _model(other) == _model(report):
             found[path.name] = other
     return found or {here.name: report}
+
+
+def _model(report: Json) -> tuple[Any, ...]:
+    return tuple(report["model"].get(key) for key in ("name", "class", "parameters"))
 
 
 def _damage(folder: Path, report: Json) -> Json | None:
@@ -86,24 +93,34 @@ def render(report: Json, name: str, pictures: Json, runs: Mapping[str, Json], da
 
     `name` is the run's folder as the reader would give it to a command, `runs` those it is compared with.
     """
-    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"dash": dash, "mb": mb, "without_path": without_path}
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        name=name,
-        style=Markup(style),
-        script=Markup(script),
-        policy={"style": _hash(style), "script": _hash(script)},
-        commands=commands(report, name),
-        **_sections(report, pictures, runs, damaged),
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            name=name,
+            style=style,
+            script=script,
+            policy={"style": _hash(style), "script": _hash(script)},
+            commands=commands(report, name),
+            **_sections(report, pictures, runs, damaged),
+        )
     )
+
+
+@cache
+def _environment() -> Environment:
+    """Returns what renders the templates: everything is escaped, and what a report lacks is empty."""
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"dash": dash, "mb": mb, "without_path": without_path}
+    return found
 
 
 def _hash(text: str) -> str:
@@ -139,7 +156,9 @@ def _methods(report: Json) -> list[str]:
     """Returns what quantized weights and activations, in words, as far as the report says."""
     methods, activations = at(report, "recipe.methods", []), at(report, "activations", {})
     found = method_lines(methods, at(report, "training", {})) if methods else []
-    return [*found, activations_line(activations)] if activations else found
+    if not activations:
+        return found
+    return [*found, activations_line({"layers": {}, "attention_points": {}} | activations)]
 
 
 def _with_psnr(pictures: Json, report: Json) -> Json:

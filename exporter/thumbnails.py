@@ -16,7 +16,7 @@ from exporter.images import SHOWN
 from exporter.report import drawable
 
 SIDE = 192  # pixels; what is larger is reduced by a whole factor
-BUDGET = 2_500_000  # characters of all pictures together: half of what a page may weigh
+BUDGET = 2_000_000  # characters of all pictures together, of the 5 MB that a page may weigh
 MOST_BYTES = 1 << 30  # of samples.safetensors: 20 pictures of 1024² in colour, twice, are half of it
 GAIN = 10.0  # of differences
 
