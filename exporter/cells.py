@@ -32,7 +32,7 @@ def dash(value: object, digits: int = 1, unit: str = "") -> str:
 
 
 def mb(count: object) -> str:
-    return dash(count / 1e6, 2, " MB") if isinstance(count, int | float) else "–"
+    return dash(count / 1e6, 2, "\u00a0MB") if isinstance(count, int | float) else "–"
 
 
 def number(value: object, digits: int = 1, unit: str = "", note: str = "") -> Cell:

@@ -12,6 +12,7 @@ from engines.artifacts import Json
 WIDTH, HEIGHT = 380, 250
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 42
 TICKS = 5
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Point = tuple[float, float]
 
@@ -98,12 +99,17 @@ def histogram(
     decades = math.ceil(math.log10(most)) or 1
     y = Axis([0.0, decades + 0.3], HEIGHT - BOTTOM, TOP)  # from a third of a decade under 1, so that one is seen
     found = _frame(x, y, x_label, "values in a bin")
-    found["y_marks"] = [(y.at(d + 0.3), f"{10**d:,}" if d < 4 else f"10^{d}") for d in range(decades + 1)]
+    found["y_marks"] = [(y.at(d + 0.3), _power(d)) for d in range(decades + 1)]
     heights = [[y.at(math.log10(c) + 0.3) if c else y.at(0) for c in counts] for counts in (filled, outlined)]
     found["filled"], found["outlined"] = (_steps([x.at(e) for e in edges], h, y.at(0)) if h else "" for h in heights)
     if ends:
         found["range"] = [(x.at(sign * min(ends)), x.at(sign * max(ends))) for sign in (-1, 1)]
     return found
+
+
+def _power(exponent: int) -> str:
+    """Spells a power of ten."""
+    return f"{10**exponent:,}" if exponent < 4 else "10" + str(exponent).translate(SUPERSCRIPTS)
 
 
 def _path(points: Sequence[Point]) -> str:

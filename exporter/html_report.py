@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from markupsafe import Markup
 
 from engines import artifacts
 from engines.artifacts import Json
@@ -22,6 +23,7 @@ from exporter.reproduce import commands, named, without_path
 from exporter.thumbnails import thumbnails
 
 PAGE, REPORT = "report.html", "report.json"
+FLOOR = ", floor of rounding"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -119,8 +121,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"dash": dash, "mb": mb, "without_path": without_path}
+    found.filters |= {"dash": dash, "mb": mb, "without_path": without_path, "dotted": _dotted}
     return found
+
+
+def _dotted(path: object) -> Markup:
+    """Returns a module's path that may be broken after its dots."""
+    return Markup(".<wbr>").join(str(path).split("."))
 
 
 def _hash(text: str) -> str:
@@ -183,13 +190,18 @@ def _step_charts(accuracy: Json) -> list[Json | None]:
         return found
 
     lowering = at(accuracy, "lowering", [])
-    engines = by(lowering, "backend") | by(lowering, "backend", "floor_db", ", floor of rounding")
+    engines = by(lowering, "backend") | by(lowering, "backend", "floor_db", FLOOR)
     titled = {
         "One call at a time, against float": by(at(accuracy, "per_step", []), "runner"),
         "Along the trajectory, against float": by(at(accuracy, "trajectory", []), "runner"),
         "Engine against quantized PyTorch": engines,
     }
     drawn = {title: charts.lines(series, "step", "SQNR, dB") for title, series in titled.items()}
+    runners = sorted({line["name"] for chart in drawn.values() if chart for line in chart["lines"]})
+    styles = {name: f"s{number % 4}" for number, name in enumerate(n for n in runners if not n.endswith(FLOOR))}
+    for chart in filter(None, drawn.values()):
+        for line in chart["lines"]:  # a runner looks the same in every chart
+            line["style"] = styles.get(line["name"], "floor")
     return [chart and chart | {"title": title} for title, chart in drawn.items()]
 
 
