@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from engines.artifacts import Json
 
@@ -24,21 +24,28 @@ def at(report: Any, path: str, default: Any) -> Any:
     return report if same else default
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def dash(value: object, digits: int = 1, unit: str = "") -> str:
     """Spells a number, with its own minus; a dash for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return "–"
-    return f"{value:,.{digits}f}".replace("-", "−") + unit
+    return f"{value:,.{digits}f}".replace("-", "−") + unit if is_number(value) else "–"
+
+
+def short(value: object) -> str:
+    """Spells a number of any size by its four leading digits."""
+    return f"{value:.4g}".replace("-", "−") if is_number(value) else "–"
 
 
 def mb(count: object) -> str:
-    return dash(count / 1e6, 2, "\u00a0MB") if isinstance(count, int | float) else "–"
+    return dash(times(count, 1e-6), 2, "\u00a0MB")
 
 
 def number(value: object, digits: int = 1, unit: str = "", note: str = "") -> Cell:
     """Returns a cell that sorts by its number."""
     cell = {"text": dash(value, digits, unit), "note": note, "number": True}
-    return cell | ({"value": value} if isinstance(value, int | float) else {})
+    return cell | ({"value": value} if is_number(value) else {})
 
 
 def text(value: object, note: str = "", **more: Any) -> Cell:
@@ -66,4 +73,4 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) 
 
 def times(value: object, scale: float) -> float | None:
     """Returns a number times `scale`; none of what is no number."""
-    return scale * value if isinstance(value, int | float) else None
+    return scale * value if is_number(value) else None

@@ -17,7 +17,7 @@ from engines import artifacts
 from engines.artifacts import Json
 from engines.errors import UserError
 from exporter import charts, damage, page_tables
-from exporter.cells import at, dash, mb
+from exporter.cells import at, dash, mb, short
 from exporter.report import activations_line, method_lines
 from exporter.reproduce import commands, named, without_path
 from exporter.thumbnails import thumbnails
@@ -121,7 +121,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"dash": dash, "mb": mb, "without_path": without_path, "dotted": _dotted}
+    found.filters |= {"dash": dash, "mb": mb, "short": short, "without_path": without_path, "dotted": _dotted}
     return found
 
 
@@ -197,11 +197,13 @@ def _step_charts(accuracy: Json) -> list[Json | None]:
         "Engine against quantized PyTorch": engines,
     }
     drawn = {title: charts.lines(series, "step", "SQNR, dB") for title, series in titled.items()}
-    runners = sorted({line["name"] for chart in drawn.values() if chart for line in chart["lines"]})
-    styles = {name: f"s{number % 4}" for number, name in enumerate(n for n in runners if not n.endswith(FLOOR))}
+    names = {line["name"] for chart in drawn.values() if chart for line in chart["lines"]}
+    runners = sorted((name for name in names if not name.endswith(FLOOR)), key=lambda name: (name != "quantized", name))
+    styles = {name: f"s{number % 4}" for number, name in enumerate(runners)}
     for chart in filter(None, drawn.values()):
-        for line in chart["lines"]:  # a runner looks the same in every chart
+        for line in chart["lines"]:  # a runner looks the same in every chart,
             line["style"] = styles.get(line["name"], "floor")
+        chart["lines"].sort(key=lambda line: line["style"] != "s0")  # and the solid line lies under broken ones
     return [chart and chart | {"title": title} for title, chart in drawn.items()]
 
 

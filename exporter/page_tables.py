@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.artifacts import Json
-from exporter.cells import EQUAL, MOST_ROWS, Cell, at, dash, db, number, span, table, text, times
+from exporter.cells import EQUAL, MOST_ROWS, Cell, at, dash, db, number, short, span, table, text, times
 
 NODES = 3  # named in a row of a plan
 LEVELS = 10  # shades of a heat map
@@ -133,22 +134,34 @@ def steps(accuracy: Json) -> list[Json]:
 
 def heat_of_layers(rows: Sequence[Json]) -> Json | None:
     """Returns layers, in order of execution, by runners and steps; None if there are none."""
-    places = list(dict.fromkeys((str(row["runner"]), row["step"]) for row in rows))
+    places = sorted({(str(row["runner"]), row["step"]) for row in rows})
     found: dict[str, dict[tuple[str, int], Json]] = {}
     for row in rows:
         found.setdefault(row["layer"], {})[(str(row["runner"]), row["step"])] = row
-    several = len({runner for runner, _ in places}) > 1
-    columns = [f"{runner}, {step}" if several else str(step) for runner, step in places]
-    return _heat(columns, {layer: [cells.get(place) for place in places] for layer, cells in found.items()})
+    runners = Counter(runner for runner, _ in places)
+    several = len(runners) > 1
+    columns = _steps([step for _, step in places], [f"{runner}, " if several else "" for runner, _ in places])
+    heat = _heat(columns, {layer: [cells.get(place) for place in places] for layer, cells in found.items()})
+    groups = [{"text": runner, "span": count} for runner, count in runners.items()] if several else []
+    return heat and heat | {"groups": groups}
 
 
 def heat_of_damage(found: Json) -> Json | None:
     """Returns what each layer alone does to the output at every step, worst first."""
     rows = {row["layer"]: [{"sqnr_db": value} for value in row["sqnr_db"]] for row in found.get("layers", [])}
-    return _heat([str(step) for step in found.get("steps", [])], rows)
+    steps = found.get("steps", [])
+    return _heat(_steps(steps, [""] * len(steps)), rows)
 
 
-def _heat(columns: Sequence[str], rows: Mapping[str, Sequence[Json | None]]) -> Json | None:
+def _steps(steps: Sequence[int], of: Sequence[str]) -> list[Json]:
+    """Returns the heads of columns of steps; the first says that they are steps."""
+    return [
+        {"text": str(step) if count else f"step {step}", "of": f"{whose}step {step}"}
+        for count, (step, whose) in enumerate(zip(steps, of, strict=True))
+    ]
+
+
+def _heat(columns: Sequence[Json], rows: Mapping[str, Sequence[Json | None]]) -> Json | None:
     """Returns cells with a shade from 0, the highest SQNR, to LEVELS, the lowest; what is not finite counts as that."""
     known = [c["sqnr_db"] for cells in rows.values() for c in cells if c and c.get("sqnr_db") is not None]
     if not rows:
@@ -166,7 +179,8 @@ def _heat(columns: Sequence[str], rows: Mapping[str, Sequence[Json | None]]) -> 
 
     listed = [{"layer": layer, "cells": [shaded(cell) for cell in cells]} for layer, cells in rows.items()]
     left_out = max(0, len(listed) - MOST_ROWS)
-    return {"columns": columns, "rows": listed[:MOST_ROWS], "left_out": left_out, "low": low, "high": high}
+    shades = {"low": low, "high": high, "levels": LEVELS}
+    return {"columns": columns, "rows": listed[:MOST_ROWS], "left_out": left_out, **shades}
 
 
 def engine(row: Json) -> Json:
@@ -206,7 +220,7 @@ def _audit(rows: Sequence[Json]) -> Json:
 def _types(types: object) -> str:
     if not isinstance(types, dict):
         return ""
-    return " × ".join(str(types.get(key) or "float") for key in ("weight", "activation"))
+    return "\u00a0×\u00a0".join(str(types.get(key) or "float") for key in ("weight", "activation"))
 
 
 def _remarks(row: Json) -> str:
@@ -265,8 +279,8 @@ def checks(report: Json) -> Json:
     found = [
         [
             text(check["name"]),
-            number(check.get("value"), 4),
-            number(check.get("limit"), 4),
+            number(check.get("value")) | {"text": short(check.get("value"))},
+            number(check.get("limit")) | {"text": short(check.get("limit"))},
             text(check.get("unit")),
             text("passed" if check.get("passed") else "failed", status="good" if check.get("passed") else "bad"),
         ]

@@ -32,31 +32,30 @@ document.addEventListener("click", (event) => {
 });
 // In a heat map arrow keys walk from cell to cell; each says where it is.
 const place = (cell) => {
-  const heads = cell.closest("table").tHead.rows[0].cells;
-  const step = heads[cell.cellIndex].textContent.trim().replace(/^step /, "");
-  cell.title = `${cell.parentNode.cells[0].textContent}, step ${step}: ${cell.textContent} dB`;
+  const head = [...cell.closest("table").tHead.rows].at(-1).cells[cell.cellIndex];
+  cell.title = `${cell.parentNode.cells[0].textContent}, ${head.dataset.of}: ${cell.textContent} dB`;
 };
 const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 for (const table of document.querySelectorAll("table.heat")) {
-  const first = table.querySelector("td");
+  const first = table.querySelector("tbody td");
   if (first) first.tabIndex = 0;
   table.addEventListener("pointerover", (event) => {
-    const cell = event.target.closest("td");
+    const cell = event.target.closest("tbody td");
     if (cell) place(cell);
   });
   table.addEventListener("focusin", (event) => {
-    const cell = event.target.closest("td");
+    const cell = event.target.closest("tbody td");
     if (!cell) return;
     for (const other of table.querySelectorAll("td[tabindex='0']")) other.tabIndex = -1;
     cell.tabIndex = 0;
     place(cell);
   });
   table.addEventListener("keydown", (event) => {
-    const cell = event.target.closest("td");
+    const cell = event.target.closest("tbody td");
     const move = MOVES[event.key];
     if (!cell || !move) return;
     const next = table.rows[cell.parentNode.rowIndex + move[0]]?.cells[cell.cellIndex + move[1]];
-    if (next?.tagName !== "TD") return;
+    if (next?.closest("tbody td") == null) return;
     event.preventDefault();
     next.tabIndex = -1;
     next.focus();

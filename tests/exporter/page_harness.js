@@ -32,7 +32,7 @@ const contrasts = (page, view) => {
 };
 const column = (table, number) => [...table.tBodies[0].rows].map((row) => row.cells[number].firstChild.textContent);
 const sorted = (table, number) => {
-  const head = table.tHead.rows[0].cells[number];
+  const head = [...table.tHead.rows].at(-1).cells[number];
   const found = { before: column(table, number) };
   head.querySelector("button").click();
   found.once = [head.ariaSort, column(table, number)];
@@ -43,7 +43,7 @@ const sorted = (table, number) => {
 };
 const walked = (page, view) => {
   const table = page.querySelector("table.heat");
-  const first = table.querySelector("td");
+  const first = table.querySelector("tbody td");
   first.focus();
   for (const key of ["ArrowRight", "ArrowDown", "ArrowDown", "ArrowLeft"])
     page.activeElement.dispatchEvent(new view.KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
