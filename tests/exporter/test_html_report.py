@@ -14,11 +14,14 @@ from click.testing import CliRunner
 from report_data import LAYERS, audit_row, damaged, pictures, plan_row, report
 from safetensors.torch import save_file
 
-from engines.artifacts import digest_file
+from engines.artifacts import Artifact, digest_file
 from engines.errors import UserError
 from exporter import html_report, reproduce, thumbnails
+from exporter import run as runs
 from exporter.cli import main
 from exporter.images import SHOWN
+from exporter.run_folder import Run
+from exporter.versions import versions
 
 MOST_BYTES = 5_000_000
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -240,6 +243,19 @@ def test_a_page_is_written_beside_its_report_and_names_no_path_of_the_machine(tm
     assert "third" not in page  # another model's
     assert page.count("<img") == 6
     assert not list(run.glob(".*"))
+
+
+def test_a_kept_report_gets_its_page(tmp_path):
+    folder = tmp_path / "run"
+    settings = {"seed": 0, **versions("torch", "diffusers")}
+    content = report() | {"made_from": {"quantized": "a" * 64}, "settings": settings}
+    (tmp_path / runs.PICTURE).write_bytes(b"a picture")
+    content["samples"] = digest_file(tmp_path / runs.PICTURE)
+    saved(folder, content)
+    (tmp_path / runs.PICTURE).rename(folder / runs.PICTURE)
+    run = Run(Artifact(folder / "quantized", {"digest": "a" * 64}), {}, {})
+    assert runs.report(None, run, folder, seed=0) == json.loads((folder / html_report.REPORT).read_text())
+    assert "export-engine" in (folder / html_report.PAGE).read_text()
 
 
 def test_layers_of_another_model_are_not_shown(tmp_path):
