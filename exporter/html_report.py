@@ -23,6 +23,7 @@ from exporter.reproduce import commands, named, without_path
 from exporter.thumbnails import thumbnails
 
 PAGE, REPORT = "report.html", "report.json"
+PARTS = {"model": dict, "recipe": dict, "accuracy": dict, "checks": list}  # without which a report is none
 FLOOR = ", floor of rounding"
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -43,11 +44,13 @@ def write(folder: Path) -> Path:
 def read(folder: Path) -> Json:
     """Reads a run's report; a UserError if it is none of ours."""
     report = artifacts.read_json(folder / REPORT)
-    if missing := [key for key in ("model", "recipe", "accuracy", "checks") if key not in report]:
+    if missing := [key for key in PARTS if key not in report]:
         raise UserError(
             f"{folder / REPORT}: is no report of a run: it lacks {', '.join(missing)}",
             fix="validate the run again: export-engine validate RUN",
         )
+    if not all(isinstance(report[key], kind) for key, kind in PARTS.items()):
+        raise UserError(f"{folder / REPORT}: malformed", fix="remove it and validate the run again")
     return report
 
 
@@ -68,7 +71,7 @@ def siblings(folder: Path, report: Json) -> dict[str, Json]:
     """Returns the reports of the same model in the folders beside a run, by name; the run's own among them."""
     here = folder.resolve()
     found = {}
-    for path in runs_in(here.parent) if (here.parent / here.name / REPORT).is_file() else []:
+    for path in sorted(file.parent for file in here.parent.glob(f"*/{REPORT}")):
         try:
             other = report if path == here else read(path)
         except UserError:  # somebody else's file of that name

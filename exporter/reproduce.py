@@ -36,7 +36,7 @@ def commands(report: Json, run: str) -> dict[str, str]:
         "bench": ["bench", run],
         "page": ["report", run],
         "ranges": ["inspect", f"{run}/quantized"],
-        "plan": ["inspect", engines[0], "--json"] if engines else [],
+        **({"plan": ["inspect", engines[0], "--json"]} if engines else {}),
     }
     return {key: shlex.join(["export-engine", *words]) for key, words in lists.items()}
 

@@ -74,5 +74,5 @@ def _uri(image: torch.Tensor) -> str:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray((drawable(image) * 255).round().to(torch.uint8).numpy()).save(file, "PNG", optimize=True)
+    Image.fromarray((drawable(image) * 255).round().to(torch.uint8).numpy()).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -287,6 +287,7 @@ def test_the_command_writes_the_pages_of_a_run_and_of_a_folder_of_runs(tmp_path)
         (None, "holds no report.json"),
         ("{", "not valid JSON"),
         ('{"model": {}}', "is no report of a run: it lacks recipe, accuracy, checks"),
+        ('{"model": "mine", "recipe": {}, "accuracy": {}, "checks": []}', "malformed"),
     ],
 )
 def test_a_folder_without_a_report_is_refused(tmp_path, content, words):
