@@ -209,6 +209,16 @@ def bench(folder: Path, batches: tuple[int, ...], threads: int | None, as_json: 
 
 
 @main.command()
+@click.argument("folder", type=FOLDER)
+def report(folder: Path) -> None:
+    """Write report.html of a RUN, or of every run in a folder, from what is there."""
+    from exporter import html_report
+
+    for run in html_report.runs_in(folder):
+        click.echo(html_report.write(run))
+
+
+@main.command()
 @click.argument("artifact", type=FOLDER)
 @JSON
 def inspect(artifact: Path, as_json: bool) -> None:
@@ -346,6 +356,6 @@ def _report(report: dict[str, Any], as_json: bool, folder: Path) -> None:
         click.echo(json.dumps(report, indent=1))
     else:
         print_report(report)
-        click.echo(f"{folder / 'report.json'}, {folder / 'samples.png'}")
+        click.echo(", ".join(str(folder / name) for name in ("report.html", "report.json", "samples.png")))
     if not report["passed"]:
         sys.exit(3)

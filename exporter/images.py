@@ -139,6 +139,7 @@ def scores(checkpoint: Checkpoint, runner: str, pictures: Pictures) -> Json:
     found: Json = {
         "runner": runner,
         "n": len(pictures.reference),
+        "in_pixels": checkpoint.in_pixels,
         "not_finite": int((~pictures.judged.isfinite()).sum()),
         "psnr_db": _per_image(pictures, lambda a, b: metrics.psnr_db(a, b, data_range)),
         "ssim": _per_image(pictures, lambda a, b: metrics.ssim(a, b, data_range)),

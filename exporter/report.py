@@ -35,7 +35,7 @@ def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: 
         for column in range(count):
             axis = axes[row][column]
             unit = 1.0 if in_pixels else float(reference[column].abs().amax().clamp(min=1e-6))
-            axis.imshow(_drawable(gain / unit * images[column]), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(drawable(gain / unit * images[column]), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
@@ -43,7 +43,7 @@ def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: 
         FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
 
 
-def _drawable(image: torch.Tensor) -> torch.Tensor:
+def drawable(image: torch.Tensor) -> torch.Tensor:
     """Returns [h, w] or [h, w, 3] in 0 … 1, of values in [−1, 1]: colours as they are, else the first channel."""
     image = ((image.float().nan_to_num() + 1) / 2).clamp(0, 1)
     if image.ndim == 2:  # a row per token

@@ -12,10 +12,11 @@ from engines import artifacts, backends
 from engines.artifacts import Artifact, Json, digest_file
 from engines.build import build, points_as_layers
 from engines.errors import UserError
-from exporter import bench, damage, progress
+from exporter import bench, damage, html_report, progress
 from exporter.attention import PointSpec
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
+from exporter.html_report import REPORT
 from exporter.images import SHOWN
 from exporter.layers import compare_layers
 from exporter.lower import check_deployable, lower
@@ -26,7 +27,7 @@ from exporter.run_folder import Run, locked, remove_stale
 from exporter.validate import validate
 from exporter.versions import versions
 
-REPORT, PICTURE = "report.json", "samples.png"
+PICTURE = "samples.png"
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,17 @@ def _stage(title: str, stage: Callable[..., Artifact], *args: Any, **kwargs: Any
 
 
 def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int) -> Json:
-    """Validates and writes report.json, timings.json and the samples, unless they are there for the same inputs."""
+    """Validates and writes report.json, timings.json and the samples, unless they are there for the same inputs.
+
+    report.html, which shows the runs beside it too, is written in any case.
+    """
     made_from = {"quantized": run.quantized.digest} | {
         f"engine {name}": engine.digest for name, engine in sorted(run.engines.items())
     }
     settings = {"seed": seed, **versions("torch", "diffusers")}
     if (kept := _kept(out, made_from, settings)) is not None:
         progress.note("validate: unchanged, kept")
+        html_report.write(out)  # runs beside it may have come, or it is of an earlier version
         return kept
     started = time.monotonic()
     content = validate(checkpoint, run, out, seed=seed)
@@ -164,13 +169,19 @@ def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int) -> Json:
     progress.note(f"validate: {time.monotonic() - started:.1f} s")
     artifacts.write_json(out / REPORT, content)
     artifacts.write_json(out / artifacts.TIMINGS, _timings(run, content, time.monotonic() - started))
+    html_report.write(out)
     return content
 
 
 def layers(checkpoint: Checkpoint, run: Run, out: Path) -> Json:
     """Ranks layers by the damage each does alone, and compares each in every graph with PyTorch; writes both."""
-    found = damage.damage(checkpoint, run.quantized) | {"graphs": compare_layers(run)}
+    found = damage.damage(checkpoint, run.quantized) | {
+        "graphs": compare_layers(run),
+        "quantized": run.quantized.digest,
+    }
     damage.write(found, out)
+    if (out / REPORT).is_file():
+        html_report.write(out)  # which shows the ranking
     return found
 
 

@@ -20,6 +20,7 @@ from exporter import images, progress, quantized, taps
 from exporter.checkpoint import Checkpoint
 from exporter.checks import checks, is_doubtful, passes, quantization_db
 from exporter.conditions import validation_entries
+from exporter.histograms import worst_layers_histograms
 from exporter.layers import compare_layers
 from exporter.metrics import finite, sqnr_db
 from exporter.modules import float_layers
@@ -71,6 +72,8 @@ def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -
             "images": scores,
         },
     }
+    rows = report["accuracy"]["layers"]
+    report["histograms"] = worst_layers_histograms(checkpoint, run.quantized, rows)
     report["checks"] = checks(report)
     report["passed"] = all(check["passed"] for check in report["checks"])
     return report

@@ -11,8 +11,8 @@ from exporter.validate import activation_counts
 def drawn(monkeypatch, reference, other, *, in_pixels, tmp_path):
     """Returns the drawn float, quantized and difference images of the first column."""
     seen = []
-    original = report._drawable
-    monkeypatch.setattr(report, "_drawable", lambda image: seen.append(original(image)) or seen[-1])
+    original = report.drawable
+    monkeypatch.setattr(report, "drawable", lambda image: seen.append(original(image)) or seen[-1])
     report.draw_samples(reference, other, "ort", tmp_path / "samples.png", in_pixels)
     assert (tmp_path / "samples.png").stat().st_size > 0
     return seen[0], seen[len(reference)], seen[2 * len(reference)]
