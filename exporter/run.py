@@ -149,9 +149,7 @@ def _stage(title: str, stage: Callable[..., Artifact], *args: Any, **kwargs: Any
 
 def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int) -> Json:
     """Validates and writes report.json, timings.json and the samples, unless they are there for the same inputs."""
-    made_from = {"quantized": run.quantized.digest} | {
-        f"engine {name}": engine.digest for name, engine in sorted(run.engines.items())
-    }
+    made_from = run.judged
     settings = {"seed": seed, **versions("torch", "diffusers")}
     if (kept := _kept(out, made_from, settings)) is not None:
         progress.note("validate: unchanged, kept")
