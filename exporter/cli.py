@@ -171,16 +171,17 @@ def build(graph: Path, backend: str, out: Path, gpu: str | None, decode: str | N
 @main.command()
 @click.argument("run", type=FOLDER)
 @click.option("--layers", is_flag=True, help="Also rank layers and steps by the damage each does alone.")
+@click.option("--images", type=click.IntRange(min=2), help="Images to score (default: as many as run does).")
 @SEED
 @JSON
-def validate(run: Path, layers: bool, seed: int, as_json: bool) -> None:
+def validate(run: Path, layers: bool, images: int | None, seed: int, as_json: bool) -> None:
     """Hold the engines of RUN against PyTorch again."""
     from exporter import run as runs
     from exporter import run_folder
 
     checkpoint, opened = run_folder.open_run(run)
     with run_folder.locked(run):
-        report = runs.report(checkpoint, opened, run, seed=seed)
+        report = runs.report(checkpoint, opened, run, seed=seed, images=images)
         found = runs.layers(checkpoint, opened, run) if layers else None
     if found is not None and not as_json:
         from exporter.layers import print_layers

@@ -157,7 +157,7 @@ def _row(score: Score, found: Loss, limit: float, count: int, least: int, ends: 
     if decided == NOT_ENOUGH:
         wanted = max(least, wanted_images(found, limit, count, ends, score.is_loss))
         many = f"{wanted:,} or more" if wanted < MOST_SAMPLES else "more than a million"
-        message += f": {count} images cannot tell, it takes {many}"
+        message += f": {count} images cannot tell, it takes {many} (validate --images, the baseline's run too)"
     return Row(
         score.title, score, decided, message, limit, lost=found.value, interval=(found.low, found.high),
         noise=found.between_seeds, detects=limit + ends.detected_errors * found.error, wanted=wanted,

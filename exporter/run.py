@@ -16,7 +16,7 @@ from exporter import bench, damage, progress
 from exporter.attention import PointSpec
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
-from exporter.images import SHOWN
+from exporter.images import IMAGES, SHOWN
 from exporter.layers import compare_layers
 from exporter.lower import check_deployable, lower
 from exporter.plan import plan_of
@@ -147,15 +147,15 @@ def _stage(title: str, stage: Callable[..., Artifact], *args: Any, **kwargs: Any
     return made
 
 
-def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int) -> Json:
+def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int, images: int | None = None) -> Json:
     """Validates and writes report.json, timings.json and the samples, unless they are there for the same inputs."""
     made_from = run.judged
-    settings = {"seed": seed, **versions("torch", "diffusers")}
+    settings = {"seed": seed, "images": images or IMAGES, **versions("torch", "diffusers")}
     if (kept := _kept(out, made_from, settings)) is not None:
         progress.note("validate: unchanged, kept")
         return kept
     started = time.monotonic()
-    content = validate(checkpoint, run, out, seed=seed)
+    content = validate(checkpoint, run, out, seed=seed, count=images)
     content |= {"made_from": made_from, "settings": settings, "samples": digest_file(out / PICTURE)}
     content["shown"] = digest_file(out / SHOWN)
     content["throughput"] = bench.throughput(bench.targets_of(out))

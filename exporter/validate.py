@@ -38,8 +38,8 @@ LAYER_DB, LAYER_CODES = 60.0, 1e-4
 ACCURACY_MARGIN = 0.01  # of the float model's task score
 
 
-def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -> Json:
-    """Returns the report's content, without throughput; writes samples.png into `folder`."""
+def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0, count: int | None = None) -> Json:
+    """Returns the report's content, without throughput; writes samples.png into `folder`. `count` is of images."""
     reference = load_file(run.quantized.file(quantized.REFERENCE))
     model = quantized.load(run.quantized)
     pytorch = TorchRunner("quantized", model, checkpoint.family)
@@ -54,7 +54,7 @@ def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -
         for row in doubtful:
             row["layers_agree"] = row.get("layers_agree", True) and (agree or row["dtype"] != dtype)
     entries = validation_entries(checkpoint, run.quantized.info["entries"])
-    trajectories, scores = images.judge(checkpoint, entries, pytorch, ours, folder, seed)
+    trajectories, scores = images.judge(checkpoint, entries, pytorch, ours, folder, seed, count)
     report = {
         "schema_version": 1,
         "model": {
