@@ -85,7 +85,7 @@ def measured(folder: Path, run: Run, report: Json) -> Measured:
 def _digests(run: Run) -> dict[str, str]:
     made_from = run.quantized.manifest["made_from"]
     graphs = {f"graph {dtype}": graph.digest for dtype, graph in sorted(run.graphs.items())}
-    return {"model": made_from["model"], "recipe": made_from["recipe"]} | graphs | run.judged
+    return {"model": made_from["model"], "recipe": made_from["recipe"]} | run.judged | graphs
 
 
 def _versions(run: Run) -> dict[str, str]:

@@ -51,24 +51,25 @@ class Checked:
 def check(folder: Path, path: Path, limits: Thresholds, *, other_recipe: bool = False) -> Checked:
     """Judges a run against the baseline at `path`."""
     old = baseline.read(path)
-    new, report = opened(folder)
+    new, checks = opened(folder)
     refuse_other(old, new, path, other_recipe=other_recipe)
     rows = gate.judge(old, new, limits)
-    verdict = gate.overall(rows, failed(report["checks"]))
+    verdict = gate.overall(rows, failed(checks))
     notes = [*_pairing(old, new), *(f"not judged: {one}" for one in gate.not_judged(old, new, limits))]
     pairs, changes = gate.paired(old, new), baseline.changes(old, new)
-    return Checked(new, verdict, limits.false_alarm, pairs, rows, report["checks"], changes, notes)
+    return Checked(new, verdict, limits.false_alarm, pairs, rows, checks, changes, notes)
 
 
-def opened(folder: Path) -> tuple[Measured, Json]:
-    """Opens a run and its report; returns what a gate needs of both, and the report."""
+def opened(folder: Path) -> tuple[Measured, list[Json]]:
+    """Opens a run and its report; returns what a gate needs of both, and the report's own checks."""
     run = run_folder.open_artifacts(folder)
     again = f"validate again: export-engine validate {folder}"
     if not (folder / REPORT).is_file():
         raise UserError(f"{folder}: has no {REPORT}", fix=again)
     report = read_json(folder / REPORT)
     try:
-        return baseline.measured(folder, run, report), report
+        checks = [{key: one[key] for key in ("name", "value", "unit", "limit", "passed")} for one in report["checks"]]
+        return baseline.measured(folder, run, report), checks
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{folder / REPORT}: malformed ({type(error).__name__}: {error})", fix=again) from error
 
@@ -134,10 +135,10 @@ class Updated:
 def update(folder: Path, path: Path, limits: Thresholds, *, other_recipe: bool = False) -> Updated:
     """Writes a run's baseline, unless the run is no good for one; returns what is new against the one before."""
     old = baseline.read(path) if path.exists() else None
-    new, report = opened(folder)
+    new, checks = opened(folder)
     if old is not None:
         refuse_other(old, new, path, other_recipe=other_recipe)
-    refusals = [f"failed check: {one}" for one in failed(report["checks"])]
+    refusals = [f"failed check: {one}" for one in failed(checks)]
     if new.images < limits.samples:
         refusals.append(f"{NOT_ENOUGH}: {new.images} images, it takes {limits.samples} or more")
     if not refusals:

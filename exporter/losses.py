@@ -15,6 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from exporter.metrics import bootstrap_means
 
@@ -75,8 +76,20 @@ def loss(old: Values, new: Values, ends: Ends, *, pairs: bool) -> Loss:
     means = bootstrap_means(old - new, RESAMPLES) if pairs else _apart(old, new)
     between = math.hypot(_error(old), _error(new))
     error = (_error(old - new) if pairs else between) or between
-    low, high = np.quantile(means, [ends.lower, 1 - ends.upper])
+    count = min(len(old), len(new))
+    low, high = np.quantile(means, [_expanded(ends.lower, count), 1 - _expanded(ends.upper, count)])
     return Loss(float(old.mean() - new.mean()), float(low), float(high), error, between)
+
+
+def _expanded(level: float, count: int) -> float:
+    """Returns the share of resamples to cut off for a level: resamples of few images scatter too little.
+
+    Source: Hesterberg 2015, arXiv 1411.5279, section 5.3 (expanded percentiles): Φ(√(n/(n − 1))·t(level)), with n − 1
+    degrees of freedom. Without it 48 images fail a gate of 5 % 7 to 8 times in 100.
+    """
+    if count < 2:
+        return 0.0
+    return NormalDist().cdf(math.sqrt(count / (count - 1)) * float(stats.t.ppf(level, count - 1)))
 
 
 def _apart(old: Values, new: Values) -> Values:

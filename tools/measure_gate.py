@@ -67,7 +67,8 @@ class Model:
         folder = work / f"{self.checkpoint.name}-{recipe_name}"
         data = calibrate(self.checkpoint, folder / "calibration", samples=asked.calibration.samples, seed=0)
         self.source = quantize(self.checkpoint, asked, data, folder / "quantized")
-        self._kept = folder / digest_json({"of": self.source.digest, "samples": samples})[:16]
+        made_from = {"model": self.checkpoint.digest, "recipe": asked.digest, "samples": samples}
+        self._kept = folder / digest_json(made_from)[:16]
         self._kept.mkdir(exist_ok=True)
         entries = validation_entries(self.checkpoint, self.source.info["entries"])
         self._conditions = Conditions(self.checkpoint, entries)
