@@ -12,7 +12,7 @@ from typing import Any
 from engines import artifacts
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError
-from exporter.run_folder import Run
+from exporter.run_folder import REPORT, Run
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 20  # 256 images are 40 KB
@@ -54,7 +54,7 @@ class Measured:
 
 def measured(folder: Path, run: Run, report: Json) -> Measured:
     """Returns what a report says, after making sure that it is about the artifacts that lie beside it."""
-    path, images = folder / "report.json", report.get("accuracy", {}).get("images", {})
+    path, images = folder / REPORT, report.get("accuracy", {}).get("images", {})
     if report.get("schema_version") != 1 or "per_image" not in images.get("psnr_db", {}):
         raise UserError(
             f"{path}: is of another version of this program: it has no scores image by image",

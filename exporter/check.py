@@ -12,9 +12,8 @@ from exporter import baseline, gate, run_folder
 from exporter.baseline import Measured
 from exporter.gate import Row
 from exporter.losses import NOT_ENOUGH, PASS
+from exporter.run_folder import REPORT
 from exporter.thresholds import Thresholds
-
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,17 @@ class Checked:
     notes: Sequence[str]
 
     @property
+    def passed(self) -> bool:
+        return self.verdict == PASS
+
+    @property
     def failed_checks(self) -> list[str]:
         return failed(self.checks)
 
     def to_json(self) -> Json:
         return {
             "verdict": self.verdict,
-            "passed": self.verdict == PASS,
+            "passed": self.passed,
             "false_alarm": self.level,
             "paired": self.pairs,
             "images": self.new.images,
@@ -71,7 +74,9 @@ def opened(folder: Path) -> tuple[Measured, list[Json]]:
         checks = [{key: one[key] for key in ("name", "value", "unit", "limit", "passed")} for one in report["checks"]]
         return baseline.measured(folder, run, report), checks
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{folder / REPORT}: malformed ({type(error).__name__}: {error})", fix=again) from error
+        raise UserError(
+            f"{folder / REPORT}: malformed ({type(error).__name__}: {error})", fix=f"remove it and {again}"
+        ) from error
 
 
 def refuse_other(old: Measured, new: Measured, path: Path, *, other_recipe: bool = False) -> None:

@@ -205,20 +205,20 @@ def check(
     """Hold the report of RUN against a baseline: exit code 3 if more was lost than may be, or if nobody can tell."""
     if update and junit:
         raise UserError("--update judges nothing that --junit could tell", fix="leave out one of the two")
-    from exporter import check as gate
+    from exporter import check as checks
     from exporter import check_report
     from exporter.thresholds import load
 
     limits = load(thresholds)
     if update:
-        written = gate.update(run, baseline, limits, other_recipe=other_recipe)
+        written = checks.update(run, baseline, limits, other_recipe=other_recipe)
         _say(written.to_json(), as_json, lambda: check_report.print_updated(written))
         sys.exit(3 if written.refusals else 0)
-    found = gate.check(run, baseline, limits, other_recipe=other_recipe)
+    found = checks.check(run, baseline, limits, other_recipe=other_recipe)
     if junit:
         check_report.write_junit(found, junit)
     _say(found.to_json(), as_json, lambda: check_report.print_checked(found))
-    sys.exit(0 if found.to_json()["passed"] else 3)
+    sys.exit(0 if found.passed else 3)
 
 
 @main.command()

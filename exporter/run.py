@@ -22,11 +22,11 @@ from exporter.lower import check_deployable, lower
 from exporter.plan import plan_of
 from exporter.quantize import quantize
 from exporter.recipe import Recipe
-from exporter.run_folder import Run, locked, remove_stale
+from exporter.run_folder import REPORT, Run, locked, remove_stale
 from exporter.validate import validate
 from exporter.versions import versions
 
-REPORT, PICTURE = "report.json", "samples.png"
+PICTURE = "samples.png"
 
 
 @dataclass(frozen=True)

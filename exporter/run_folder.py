@@ -16,6 +16,8 @@ from exporter import progress, quantized
 from exporter.checkpoint import Checkpoint
 from exporter.lower import DTYPES
 
+REPORT = "report.json"
+
 
 @dataclass(frozen=True)
 class Run:
