@@ -15,9 +15,9 @@ from engines.errors import UserError
 from exporter.run_folder import REPORT, Run
 
 SCHEMA_VERSION = 1
-MAX_BYTES = 1 << 20  # 256 images are 40 KB
+MAX_BYTES = 1 << 20  # 256 images take 13 KB
 DIGITS = 6  # of a stored score: SSIM's last one is a thousandth of any limit that makes sense
-SCORES = ("psnr_db", "ssim", "cosine")
+SCORES, TASK = ("psnr_db", "ssim", "cosine"), "task_score"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def measured(folder: Path, run: Run, report: Json) -> Measured:
     if stale := _changed(report["made_from"], run.judged):
         raise UserError(
             f"{path}: is about other artifacts than {folder} holds: {'; '.join(stale)}",
-            fix=f"validate again: export-engine validate {folder}",
+            fix=f"validate again: export-engine validate {folder} --seed {report['settings']['seed']}",
         )
     info = run.quantized.info
     return Measured(
@@ -103,8 +103,8 @@ def _versions(run: Run) -> dict[str, str]:
 def scores_of(images: Json) -> dict[str, list[float]]:
     """Returns what a gate compares of a report's images, image by image."""
     found = {name: images[name]["per_image"] for name in SCORES}
-    if images["task_score"]:
-        found["task_score"] = images["task_score"]["lost"]["per_image"]
+    if images[TASK]:
+        found[TASK] = images[TASK]["lost"]["per_image"]
     return {name: [float(f"{value:.{DIGITS}g}") for value in values] for name, values in found.items()}
 
 
@@ -211,7 +211,9 @@ def _is_table(value: Any, kind: type) -> bool:
 
 
 def _are_scores(found: Mapping[str, list[Any]]) -> bool:
-    """Whether scores are of as many images each, and numbers."""
+    """Whether scores are known ones, of as many images each, and numbers."""
+    if not found.keys() <= {*SCORES, TASK}:
+        return False
     counts = {len(values) for values in found.values()}
     return len(counts) == 1 and 0 not in counts and all(_is_number(v) for values in found.values() for v in values)
 

@@ -90,6 +90,7 @@ def content(tmp_path):
         (lambda c: c["scores"]["ssim"].__setitem__(3, "1"), "malformed"),
         (lambda c: c["scores"]["ssim"].__setitem__(3, 10**400), "malformed"),
         (lambda c: c.update(scores={}), "malformed"),
+        (lambda c: c["scores"].update(beauty=c["scores"]["ssim"]), "malformed"),
         (lambda c: c["speeds"]["ort batch 8"].pop("ratio"), "malformed"),
         (lambda c: c["speeds"]["ort batch 8"].update(ratio=0), "malformed"),
         (lambda c: c["speeds"]["ort batch 8"].update(p95_over_p50=[1]), "malformed"),
