@@ -49,6 +49,11 @@ def audit(engine: Artifact) -> list[AuditRow]:
     from engines import backends
 
     graph = engine.info["graph"]
+    if "multiplications" not in graph:
+        raise UserError(
+            f"{engine.path}: is of an earlier version, which did not say what its graph multiplies",
+            fix="lower and build it again",
+        )
     return rows_of(read_plan(engine), graph, backends.load(engine.info["backend"]))
 
 

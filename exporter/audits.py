@@ -23,7 +23,7 @@ def table(rows: Sequence[Json]) -> Table:
         column.justify = "right"
     for row in rows:
         colour = {AS_ASKED: "green", OTHER: "red"}.get(row["status"], "yellow")
-        merged = ", ".join(row["merged_with"])
+        merged = ", ".join(_beside(row["layer"], other) for other in row["merged_with"])
         sizes = (f"{row['bytes'][stage]:,}" for stage in STAGES)
         made.add_row(
             row["layer"], row["op"], types(row["asked"]), types(row["got"]), _kernel(row), merged,
@@ -50,3 +50,9 @@ def _kernel(row: Json) -> str:
     unfused = f", {len(row['unfused'])} Q/DQ apart" if row["unfused"] else ""
     decoded = ", decoded before" if row["decoders"] else ""
     return ", ".join(dict.fromkeys(row["kinds"])) + decoded + unfused
+
+
+def _beside(layer: str, other: str) -> str:
+    """Returns a layer's name, without the module's that it shares with another."""
+    parent = layer.rpartition(".")[0]
+    return other.removeprefix(f"{parent}.") if parent else other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,22 +171,54 @@ def build(graph: Path, backend: str, out: Path, gpu: str | None, decode: str | N
 @main.command()
 @click.argument("run", type=FOLDER)
 @click.option("--layers", is_flag=True, help="Also rank layers and steps by the damage each does alone.")
+@click.option("--images", type=click.IntRange(min=2), help="Images to score (default: as many as run does).")
 @SEED
 @JSON
-def validate(run: Path, layers: bool, seed: int, as_json: bool) -> None:
+def validate(run: Path, layers: bool, images: int | None, seed: int, as_json: bool) -> None:
     """Hold the engines of RUN against PyTorch again."""
     from exporter import run as runs
     from exporter import run_folder
 
     checkpoint, opened = run_folder.open_run(run)
     with run_folder.locked(run):
-        report = runs.report(checkpoint, opened, run, seed=seed)
+        report = runs.report(checkpoint, opened, run, seed=seed, images=images)
         found = runs.layers(checkpoint, opened, run) if layers else None
     if found is not None and not as_json:
         from exporter.layers import print_layers
 
         print_layers(found)
     _report(report | ({"layers": found} if found else {}), as_json, run)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--baseline", type=FOLDER, required=True, help="What a good run was kept as.")
+@click.option("--thresholds", type=FOLDER, help="What may be lost, in TOML (default: the limits that ship).")
+@click.option("--update", is_flag=True, help="Keep RUN as the baseline, and show what is new in it.")
+@click.option("--other-recipe", is_flag=True, help="Allow a baseline of a recipe by another name.")
+@click.option("--junit", type=FOLDER, help="JUnit XML to write.")
+@JSON
+def check(
+    run: Path, baseline: Path, thresholds: Path | None, update: bool, other_recipe: bool, junit: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Hold the report of RUN against a baseline: exit code 3 if more was lost than may be, or if nobody can tell."""
+    if update and junit:
+        raise UserError("--update judges nothing that --junit could tell", fix="leave out one of the two")
+    from exporter import check as checks
+    from exporter import check_report
+    from exporter.thresholds import load
+
+    limits = load(thresholds)
+    if update:
+        written = checks.update(run, baseline, limits, other_recipe=other_recipe)
+        _say(written.to_json(), as_json, lambda: check_report.print_updated(written))
+        sys.exit(3 if written.refusals else 0)
+    found = checks.check(run, baseline, limits, other_recipe=other_recipe)
+    if junit:
+        check_report.write_junit(found, junit)
+    _say(found.to_json(), as_json, lambda: check_report.print_checked(found))
+    sys.exit(0 if found.passed else 3)
 
 
 @main.command()
@@ -347,6 +380,13 @@ def _done(artifact: Any) -> None:
 
 def _held(engine: dict[str, Any]) -> str:
     return f"weights: {engine['weight_bytes']:,} bytes in the file, {engine['resident_weight_bytes']:,} in memory"
+
+
+def _say(content: dict[str, Any], as_json: bool, tell: Callable[[], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(content, indent=1))
+    else:
+        tell()
 
 
 def _report(report: dict[str, Any], as_json: bool, folder: Path) -> None:

@@ -20,9 +20,10 @@ from exporter import charts, damage, page_tables
 from exporter.cells import at, dash, mb, short
 from exporter.report import activations_line, method_lines
 from exporter.reproduce import commands, named, without_path
+from exporter.run_folder import REPORT
 from exporter.thumbnails import thumbnails
 
-PAGE, REPORT = "report.html", "report.json"
+PAGE = "report.html"
 PARTS = {"model": dict, "recipe": dict, "accuracy": dict, "checks": list}  # without which a report is none
 FLOOR = ", floor of rounding"
 TEMPLATES = Path(__file__).parent / "templates"

@@ -42,15 +42,23 @@ class Pictures:
 
 
 def judge(
-    checkpoint: Checkpoint, entries: Sequence[str], pytorch: Runner, ours: Mapping[str, Runner], folder: Path, seed: int
+    checkpoint: Checkpoint,
+    entries: Sequence[str],
+    pytorch: Runner,
+    ours: Mapping[str, Runner],
+    folder: Path,
+    seed: int,
+    count: int | None = None,
 ) -> tuple[list[Json], Json, dict[str, Call]]:
     """Returns the trajectory rows of all runners, the scores of the first engine that runs here, else PyTorch's, and of
     every runner that gives NaN or infinity its first call that does.
+
+    `count` is of the images that are scored (default: IMAGES).
     """
     from exporter.report import PICTURES, draw_samples
 
     conditions = Conditions(checkpoint, entries)
-    indices = [SEED_OFFSET + i for i in range(IMAGES)]
+    indices = [SEED_OFFSET + i for i in range(count or IMAGES)]
     conditions.read(indices)
     float_runner = TorchRunner("float", checkpoint.load(), checkpoint.family)
     judged = next(iter(ours.values()), pytorch)
@@ -60,9 +68,9 @@ def judge(
     jobs = [(float_runner, rest, seed), (judged, rest, seed), (float_runner, indices, seed + 1)]
     reference, images, again = (_sample(checkpoint, conditions, *job) for job in jobs)
     pictures = Pictures(
-        torch.cat([first["float"], reference]),
-        torch.cat([first[judged.name], images]),
-        again,
+        torch.cat([first["float"], *reference]),
+        torch.cat([first[judged.name], *images]),
+        torch.cat(again),
         conditions.asked(indices),
     )
     draw_samples(pictures.reference, pictures.judged, judged.name, folder / "samples.png", checkpoint.in_pixels)
@@ -73,10 +81,11 @@ def judge(
 
 def _sample(
     checkpoint: Checkpoint, conditions: Conditions, runner: Runner, indices: Sequence[int], seed: int
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
+    """Returns the samples' images, chunk by chunk."""
     chunks = _chunks(checkpoint, indices)
     tracked = progress.track(chunks, len(chunks), f"sampling {len(indices)} images ({runner.name})")
-    return torch.cat([sample(runner, checkpoint, conditions, chunk, seed) for chunk in tracked])
+    return [sample(runner, checkpoint, conditions, chunk, seed) for chunk in tracked]
 
 
 def _trajectories(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engines.artifacts import Json, writing_errors
-from exporter import progress
+from exporter import audits, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,6 +66,9 @@ def print_report(report: Json) -> None:
     if "activations" in report:  # one of an earlier version may be kept
         console.print(activations_line(report["activations"]), soft_wrap=True)
     console.print(_table(report))
+    for engine in report["engines"]:
+        if "audit" in engine:
+            console.print(f"{engine['backend']} runs {'; '.join(audits.summary(engine['audit']))}", soft_wrap=True)
     console.print(_images_table(report["accuracy"]["images"]))
     if line := _images_line(report["accuracy"]["images"]):
         console.print(line)

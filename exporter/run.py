@@ -16,14 +16,13 @@ from exporter import bench, damage, html_report, progress
 from exporter.attention import PointSpec
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
-from exporter.html_report import REPORT
-from exporter.images import SHOWN
+from exporter.images import IMAGES, SHOWN
 from exporter.layers import compare_layers
 from exporter.lower import check_deployable, lower
 from exporter.plan import plan_of
 from exporter.quantize import quantize
 from exporter.recipe import Recipe
-from exporter.run_folder import Run, locked, remove_stale
+from exporter.run_folder import REPORT, Run, locked, remove_stale
 from exporter.validate import validate
 from exporter.versions import versions
 
@@ -148,21 +147,19 @@ def _stage(title: str, stage: Callable[..., Artifact], *args: Any, **kwargs: Any
     return made
 
 
-def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int) -> Json:
+def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int, images: int | None = None) -> Json:
     """Validates and writes report.json, timings.json and the samples, unless they are there for the same inputs.
 
     report.html, which shows the runs beside it too, is written in any case.
     """
-    made_from = {"quantized": run.quantized.digest} | {
-        f"engine {name}": engine.digest for name, engine in sorted(run.engines.items())
-    }
-    settings = {"seed": seed, **versions("torch", "diffusers")}
+    made_from = run.judged
+    settings = {"seed": seed, "images": images or IMAGES, **versions("torch", "diffusers")}
     if (kept := _kept(out, made_from, settings)) is not None:
         progress.note("validate: unchanged, kept")
         html_report.write(out)  # runs beside it may have come, or it is of an earlier version
         return kept
     started = time.monotonic()
-    content = validate(checkpoint, run, out, seed=seed)
+    content = validate(checkpoint, run, out, seed=seed, count=images)
     content |= {"made_from": made_from, "settings": settings, "samples": digest_file(out / PICTURE)}
     content["shown"] = digest_file(out / SHOWN)
     content["throughput"] = bench.throughput(bench.targets_of(out))

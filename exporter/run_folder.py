@@ -16,6 +16,8 @@ from exporter import progress, quantized
 from exporter.checkpoint import Checkpoint
 from exporter.lower import DTYPES
 
+REPORT = "report.json"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -25,9 +27,21 @@ class Run:
     graphs: Mapping[str, Artifact]
     engines: Mapping[str, Artifact]
 
+    @property
+    def judged(self) -> dict[str, str]:
+        """Returns the digests of what a report is about."""
+        engines = {f"engine {name}": engine.digest for name, engine in sorted(self.engines.items())}
+        return {"quantized": self.quantized.digest} | engines
+
 
 def open_run(out: Path) -> tuple[Checkpoint, Run]:
-    """Opens what `run` left in a folder."""
+    """Opens what `run` left in a folder, and the checkpoint that it was made from."""
+    run = open_artifacts(out)
+    return quantized.checkpoint_of(run.quantized), run
+
+
+def open_artifacts(out: Path) -> Run:
+    """Opens what `run` left in a folder, wherever the checkpoint has gone."""
     if not (out / "quantized").is_dir():
         raise UserError(f"{out}: holds no run (no quantized/)", fix="give the --out of an export-engine run")
     source = artifacts.open_artifact(out / "quantized", "quantized")
@@ -36,7 +50,7 @@ def open_run(out: Path) -> tuple[Checkpoint, Run]:
             f"{stale[0].path}: was made from another model than {source.path}",
             fix="remove it, or run again into this folder",
         )
-    return quantized.checkpoint_of(source), Run(source, _graphs(out), _engines(out))
+    return Run(source, _graphs(out), _engines(out))
 
 
 def locked(out: Path) -> contextlib.AbstractContextManager[Any]:

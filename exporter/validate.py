@@ -35,8 +35,8 @@ from exporter.sampling import Call
 LAYER_DB, LAYER_CODES = 60.0, 1e-4
 
 
-def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -> Json:
-    """Returns the report's content, without throughput; writes samples.png into `folder`."""
+def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0, count: int | None = None) -> Json:
+    """Returns the report's content, without throughput; writes samples.png into `folder`. `count` is of images."""
     reference = load_file(run.quantized.file(quantized.REFERENCE))
     layers = list(float_layers(checkpoint.skeleton()))
     floats = _float_outputs(checkpoint, layers, reference)
@@ -49,7 +49,7 @@ def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0) -
     lowering = [r for name, runner in ours.items() for r in lowering_rows(runner, run.engines[name], reference, rows)]
     lowering = _judged_by_layers(run, lowering, quantization_db(per_step))
     entries = validation_entries(checkpoint, run.quantized.info["entries"])
-    trajectories, scores, bad = images.judge(checkpoint, entries, pytorch, ours, folder, seed)
+    trajectories, scores, bad = images.judge(checkpoint, entries, pytorch, ours, folder, seed, count)
     failing = {row["backend"] for row in lowering if not passes(row, quantization_db(per_step))}
     origins = [one for name in failing for one in origins_of(run, name, outputs, reference)]
     origins += [_origin_of_nan(run, name, call, pytorch, layers) for name, call in bad.items()]

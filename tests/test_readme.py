@@ -11,6 +11,7 @@ from common import ROOT
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
+WORKFLOW = (ROOT / "docs" / "check-workflow.yml").read_text()
 
 
 def commands():
@@ -31,6 +32,24 @@ def test_every_run_command_parses(command):
     context = cli.run.make_context("run", shlex.split(command)[2:])
     assert context.params["recipe"]
     assert context.params["out"]
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"(?:run: |^# +|^)export-engine (\w+ .*)", WORKFLOW + README, re.MULTILINE)
+)
+def test_every_command_of_the_workflow_parses(command):
+    from exporter import cli
+
+    name, *arguments = shlex.split(command, comments=True)
+    context = cli.main.commands[name].make_context(name, arguments)
+    assert context.params
+
+
+def test_the_workflow_keeps_what_its_gate_writes():
+    (junit,) = re.findall(r"--junit (\S+)", WORKFLOW)
+    (out,) = set(re.findall(r"--out (\S+)", WORKFLOW))
+    assert f"            {junit}\n            {out}/report.json\n" in WORKFLOW
+    assert "\t" not in WORKFLOW
 
 
 def test_the_recipe_in_the_readme_is_valid():

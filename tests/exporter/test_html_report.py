@@ -19,7 +19,7 @@ from engines.errors import UserError
 from exporter import html_report, reproduce, thumbnails
 from exporter import run as runs
 from exporter.cli import main
-from exporter.images import SHOWN
+from exporter.images import IMAGES, SHOWN
 from exporter.run_folder import Run
 from exporter.versions import versions
 
@@ -247,7 +247,7 @@ def test_a_page_is_written_beside_its_report_and_names_no_path_of_the_machine(tm
 
 def test_a_kept_report_gets_its_page(tmp_path):
     folder = tmp_path / "run"
-    settings = {"seed": 0, **versions("torch", "diffusers")}
+    settings = {"seed": 0, "images": IMAGES, **versions("torch", "diffusers")}
     content = report() | {"made_from": {"quantized": "a" * 64}, "settings": settings}
     (tmp_path / runs.PICTURE).write_bytes(b"a picture")
     content["samples"] = digest_file(tmp_path / runs.PICTURE)

@@ -152,6 +152,13 @@ def test_every_runner_draws_from_the_same_noise_and_the_float_model_once_more(ti
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("count", [3, 9])
+def test_as_many_images_are_scored_as_are_asked_for(tiny, tmp_path, count):
+    net = TorchRunner("quantized", tiny.load(), tiny.family)
+    _, found, _ = judge(tiny, ["3"], net, {}, tmp_path, 0, count)
+    assert found["n"] == len(found["psnr_db"]["per_image"]) == count
+
+
 def test_pytorch_is_judged_where_no_engine_runs_and_its_error_is_followed(tiny, tmp_path):
     worse = tiny.load()
     with torch.no_grad():
