@@ -19,13 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from exporter import steps
 from exporter.attention import attentions
 from exporter.models import Family
-from exporter.modules import QuantizedLayer
 from exporter.specs import FLOAT_LAYERS
-
-TYPES = {"fp32": torch.float32, "int64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -45,23 +41,17 @@ class DryRun:
 
 
 @contextlib.contextmanager
-def shapes_only(dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Within it tensors have no memory; those made without a type are `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def shapes_only() -> Iterator[None]:
+    """Within it tensors have no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
 
 
 def run(model: nn.Module, family: Family, rows: int) -> DryRun:
     """Calls a model that was built of `shapes_only`, within it, on `rows` of the size it was trained at."""
     seen = _Seen({}, {})
     tracker = _Tracker(tree_leaves([*model.parameters(), *model.buffers()]))
-    position = steps.Position(torch.zeros(rows, dtype=torch.int64))
-    with _watching(model, family, seen), tracker, torch.no_grad(), steps.at(position):
+    with _watching(model, family, seen), tracker, torch.no_grad():
         family.call(model, feeds(family, rows))
     return DryRun(seen.macs, tracker.peak, tracker.made, tracker.ops, seen.block_bytes)
 
@@ -69,10 +59,10 @@ def run(model: nn.Module, family: Family, rows: int) -> DryRun:
 def feeds(family: Family, rows: int) -> dict[str, torch.Tensor]:
     """Returns inputs of the size the model was trained at."""
     axes = {name: axis.opt for name, axis in family.axes().items()} | {"batch": rows}
-    float_type = torch.get_default_dtype()
     return {
         spec.name: torch.zeros(
-            [axes[d] if isinstance(d, str) else d for d in spec.shape], dtype=TYPES.get(spec.dtype, float_type)
+            [axes[d] if isinstance(d, str) else d for d in spec.shape],
+            dtype=torch.int64 if spec.dtype == "int64" else torch.float32,
         )
         for spec in family.inputs()
     }
@@ -89,7 +79,7 @@ class _Seen:
 def _watching(model: nn.Module, family: Family, seen: _Seen) -> Iterator[None]:
     handles = []
     for path, module in model.named_modules():
-        if isinstance(module, (*FLOAT_LAYERS, QuantizedLayer)):
+        if isinstance(module, FLOAT_LAYERS):
             handles.append(module.register_forward_hook(_count(path, seen)))
     for path in attentions(model):
         attention = model.get_submodule(path)
@@ -107,8 +97,7 @@ def _watching(model: nn.Module, family: Family, seen: _Seen) -> Iterator[None]:
 
 def _count(path: str, seen: _Seen) -> Any:
     def look(layer: Any, _inputs: Any, output: torch.Tensor) -> None:
-        shape = layer.weight_shape if isinstance(layer, QuantizedLayer) else layer.weight.shape
-        each = torch.Size(shape[1:]).numel()  # products to an output
+        each = layer.weight[0].numel()  # products to an output
         seen.macs[path] = seen.macs.get(path, 0) + output.numel() * each
 
     return look

@@ -23,7 +23,8 @@ from exporter.samples import APART
 from exporter.watch import ROWS
 
 RATES: Json = json.loads(Path(__file__).with_name("rates.json").read_text(encoding="utf-8"))
-WORD = 4  # bytes of fp32
+WORD, DOUBLE = 4, 8  # bytes of fp32, of fp64
+ROUNDING = 1.7  # what lives at once while a layer's input is rounded, of what does in a float model
 REFERENCE_CALLS = 6  # fp32 calls' worth: the float model, and the quantized one in fp32, fp64 and fp16
 RUNNERS = 3  # that draw images: float, quantized, an engine
 TRAINING_CALLS = 3  # forward, and backward for inputs and for weights
@@ -37,8 +38,8 @@ class Workload:
     """What there is to do: shapes, counts and bytes, all known before anything is run.
 
     `plain` and `planned`: a call of one row of the float model, as it is and as it is observed, with attention's
-    products taken apart. `wide`: a call of the quantized one in fp64, on as many rows as the reference has at once.
-    `code_bytes`: of codes in memory, one to a byte.
+    products taken apart. `columns`: numbers that the largest convolution's patches are, for one row. `wide_bytes`: of
+    the quantized model in fp64; `code_bytes`: of codes in memory, one to a byte.
     """
 
     parameters: int
@@ -52,7 +53,7 @@ class Workload:
     recorded: int
     plain: DryRun
     planned: DryRun
-    wide: DryRun
+    columns: int
     wide_bytes: int
     code_bytes: int
     stored_bytes: int
@@ -134,7 +135,7 @@ def _quantize(work: Workload) -> Estimate:
         # float weights go as codes come, but what the allocator had of them it keeps
         "float model and codes": work.float_bytes + work.code_bytes + round(RATES["encode"] * WORD * work.largest),
         "quantized model, written": work.code_bytes + _rest(work) + 2 * min(SHARD_BYTES, work.stored_bytes),
-        "quantized model in fp64": work.wide_bytes + _scratch(work.wide.peak_bytes),
+        "quantized model in fp64": work.wide_bytes + _fp64_call(work),
         **{f"training {number}": size for number, size in enumerate(_trained(work), 1)},
     }
     phase = max(phases, key=lambda name: phases[name])
@@ -143,6 +144,14 @@ def _quantize(work: Workload) -> Estimate:
     seconds += sum(work.weights.values()) / RATES["weights_per_second"] + sum(_training_seconds(work))
     targets = max((_target_bytes(work, training) for training in work.trainings), default=0)
     return _of("quantize", {phase: phases[phase]}, seconds, work.stored_bytes + targets)
+
+
+def _fp64_call(work: Workload) -> int:
+    """Returns what a call of the quantized model in fp64 takes, on as many rows as the reference has at once."""
+    rows = min(work.rows[REFERENCE_ROWS], work.samples * work.guided)
+    columns = DOUBLE * work.columns * rows  # kernels of convolutions in fp64 lay their patches out, of all rows
+    decoded = 2 * DOUBLE * work.largest  # the values of the codes, and these times the scale
+    return decoded + _scratch(columns + int(DOUBLE / WORD * ROUNDING * work.planned.peak_bytes * rows))
 
 
 def _rest(work: Workload) -> int:

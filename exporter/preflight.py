@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,8 @@ from exporter import doctor, dry_run, estimate, installed, progress, sizes, supp
 from exporter.attention import attention_of, attentions
 from exporter.calibrate import BATCH
 from exporter.checkpoint import Checkpoint
+from exporter.dry_run import DryRun
 from exporter.estimate import Estimate, Training, Workload
-from exporter.formats import Format
 from exporter.plan import Plan, plan_layers
 from exporter.prove import Proof, prove
 from exporter.quantize import REFERENCE_ROWS
@@ -191,27 +191,22 @@ def _bytes(found: Planned, work: Workload, targets: Sequence[Target]) -> Json:
 def workload(found: Planned, targets: Sequence[Target]) -> Workload:
     """Returns what there is to do."""
     checkpoint, family, plan = found.checkpoint, found.checkpoint.family, found.calibrated
-    _know_values(spec.weight for spec in plan.specs.values())
-    _know_values(spec.activation for spec in plan.specs.values() if spec.activation)
-    _know_values(spec.format for spec in plan.points.values())
     calibration = found.recipe.calibration
     guided = 2 if float(checkpoint.sampler["guidance_scale"]) != 1.0 and family.guided() else 1
     recorded = len(calibration.record_steps) if calibration.record_steps else found.steps
     parameters = {name: p.numel() for name, p in found.model.named_parameters()}
     layers = {path: found.model.get_submodule(path).weight.numel() for path in plan.specs}  # type: ignore[operator]
-    rows = min(family.rows(REFERENCE_ROWS), calibration.samples * guided)
     plain, watched = _dry_runs(found)
-    with dry_run.shapes_only(torch.float64):
-        wide = sizes.assembled(family, plan)
-        wide_bytes = sum(t.nbytes for t in (*wide.parameters(), *wide.buffers()))
-        wide_run = dry_run.run(wide, family, rows)
-        codes = sum(t.numel() for name, t in wide.named_buffers() if name.endswith(sizes.CODES))
-        feed = sum(t.nbytes for t in dry_run.feeds(family, 1).values()) // 2  # as fp32
+    wide = sizes.on_meta(family, plan, torch.float64)
+    wide_bytes = sum(t.nbytes for t in (*wide.parameters(), *wide.buffers()))
+    codes = sum(t.numel() for name, t in wide.named_buffers() if name.endswith(sizes.CODES))
+    with dry_run.shapes_only():
+        feed = sum(t.nbytes for t in dry_run.feeds(family, 1).values())
     graphs = {target.dtype: sizes.graph_bytes(family, plan, target.dtype) for target in targets}
     return Workload(
         parameters=sum(parameters.values()), weights=layers, largest=max(layers.values(), default=0),
-        text_bytes=text_bytes(checkpoint), feed_bytes=feed, guided=guided, samples=calibration.samples,
-        steps=found.steps, recorded=recorded, plain=plain, planned=watched, wide=wide_run, wide_bytes=wide_bytes,
+        columns=_columns(found, plain), text_bytes=text_bytes(checkpoint), feed_bytes=feed, guided=guided, samples=calibration.samples,
+        steps=found.steps, recorded=recorded, plain=plain, planned=watched, wide_bytes=wide_bytes,
         code_bytes=codes, stored_bytes=found.stored.bytes, graphs=graphs,
         engines={target.backend: graphs[target.dtype] for target in targets},
         dtypes={target.backend: target.dtype for target in targets},
@@ -220,14 +215,13 @@ def workload(found: Planned, targets: Sequence[Target]) -> Workload:
     )  # fmt: skip
 
 
-def _know_values(formats: Iterable[Format]) -> None:
-    """Has formats find their values, which they keep, while tensors still hold numbers."""
-    for fmt in formats:
-        if not fmt.learned:
-            getattr(fmt, "max_value")  # noqa: B009  a property
+def _columns(found: Planned, plain: DryRun) -> int:
+    """Returns how many numbers the patches of the largest convolution are, for one row."""
+    convolutions = {path: m for path, m in found.checkpoint.skeleton().named_modules() if isinstance(m, nn.Conv2d)}
+    return max((plain.macs.get(path, 0) // conv.out_channels for path, conv in convolutions.items()), default=0)
 
 
-def _dry_runs(found: Planned) -> tuple[dry_run.DryRun, dry_run.DryRun]:
+def _dry_runs(found: Planned) -> tuple[DryRun, DryRun]:
     """Returns a call of the float model as it is, and as it is observed: attention's products apart."""
     family = found.checkpoint.family
     with dry_run.shapes_only():

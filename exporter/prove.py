@@ -64,7 +64,9 @@ def _proved(kinds: Sequence[Kind], backend: str, gpu: str | None, dtype: str, fo
     probe = Probe(kinds)
     graph = _graph(probe, dtype, folder / "graph")
     rows = read_plan(build(graph, backend, folder / "engine", gpu=gpu))
-    return [Proof(kind, None, _kernels(rows, probe.module(name))) for name, kind in probe.kinds.items()]
+    return [
+        Proof(kind, None, _kernels(rows, probe.module(name))) for name, kind in zip(probe.kinds, kinds, strict=True)
+    ]
 
 
 def _kernels(rows: Sequence[PlanRow], module: str) -> tuple[str, ...]:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporter import quantized, scaling
-from exporter.attention import PointSpec, attention_of
-from exporter.dry_run import shapes_only
-from exporter.lower.trace import TORCH_TYPES
+from exporter import quantized
+from exporter.attention import PointSpec
+from exporter.lower.trace import TORCH_TYPES, default_dtype
 from exporter.models import Family
 from exporter.modules import DERIVED, SplitConv2d
 from exporter.plan import Plan
 from exporter.specs import LayerSpec
 
 CODES = "weight_codes"
+HALVES = ("_scale", "_codebook", "input_multiplier")  # numbers of ours that fp16 holds
 UNFED = ("activation_scale", "activation_shift")  # of a step: the graph has a table of them
 WORD = 4  # bytes of fp32
 
@@ -65,15 +65,15 @@ def _stepped(plan: Plan, path: str, spec: LayerSpec, steps: int) -> LayerSpec:
     return replace(spec, steps=steps, shifted=activation.zero_point)
 
 
-def assembled(family: Family, plan: Plan) -> nn.Module:
-    """Builds the quantized module; within `shapes_only`, in the float type that is the default there."""
-    return quantized.assemble(family, plan.splits, plan.specs, plan.points).requires_grad_(False)
+def on_meta(family: Family, plan: Plan, dtype: torch.dtype) -> nn.Module:
+    """Builds the quantized module to be looked at, not run: faster than fake tensors."""
+    with default_dtype(dtype), torch.device("meta"):
+        return quantized.assemble(family, plan.splits, plan.specs, plan.points)
 
 
 def stored(family: Family, plan: Plan, halves: Collection[str]) -> Held:
     """Returns what the quantized model stores; `halves` are the tensors that the checkpoint has in fp16."""
-    with shapes_only():
-        model = assembled(family, plan)
+    model = on_meta(family, plan, torch.float32)
     layers = quantized.quantized_layers(model)
     total = weight_bytes = 0
     for name, tensor in _tensors(model).items():
@@ -92,7 +92,7 @@ def _stored_bytes(name: str, tensor: torch.Tensor, layer: Any, halves: Collectio
         return 0
     if layer is not None and leaf == CODES:
         return code_bytes(tensor, layer.spec)
-    narrow = name in halves or (layer is not None and leaf.endswith(("_scale", "_codebook")))
+    narrow = name in halves or (layer is not None and leaf.endswith(HALVES))
     return tensor.numel() * 2 if narrow and tensor.dtype == torch.float32 else tensor.nbytes
 
 
@@ -104,8 +104,7 @@ def code_bytes(codes: torch.Tensor, spec: LayerSpec) -> int:
 
 def graph_bytes(family: Family, plan: Plan, dtype: str) -> int:
     """Returns the bytes of a graph's initializers in float type `dtype`."""
-    with shapes_only(TORCH_TYPES[dtype]):
-        model = assembled(family, plan)
+    model = on_meta(family, plan, TORCH_TYPES[dtype])
     layers = quantized.quantized_layers(model)
     total, tables = 0, set()
     for name, tensor in _tensors(model).items():
@@ -137,11 +136,6 @@ def _tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def kept(model: nn.Module, plan: Plan) -> dict[str, int]:
-    """Returns the weights of the layers that stay float, by path."""
-    return {path: model.get_submodule(path).weight.numel() for path in plan.rules if path not in plan.specs}  # type: ignore[operator]
-
-
 def macs_of(path: str, model: nn.Module, macs: Mapping[str, int]) -> int:
     """Returns a planned layer's share of what was counted in the model before its convolutions were split."""
     if path in macs:
@@ -151,12 +145,3 @@ def macs_of(path: str, model: nn.Module, macs: Mapping[str, int]) -> int:
     assert isinstance(split, SplitConv2d), path
     widths = {"hidden": split.hidden.in_channels, "skip": split.skip.in_channels}
     return macs.get(owner, 0) * widths[path.rpartition(".")[2]] // sum(widths.values())
-
-
-def product_macs(plan: Plan, macs: Mapping[str, int]) -> dict[str, tuple[int, bool]]:
-    """Returns the multiply-accumulates of each attention's products, and whether they are quantized."""
-    done = {attention_of(path) for path in plan.products}
-    return {path: (count, path in done) for path, count in macs.items() if path not in plan.rules and path in done}
-
-
-__all__ = ["Held", "assembled", "calibrated", "graph_bytes", "kept", "macs_of", "scaling", "stored"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -95,7 +95,8 @@ def kinds_of(model: nn.Module, plan: Plan) -> dict[Kind, list[str]]:
         what = "linear"
         if about.conv:
             what = "grouped " * about.grouped + "narrow " * (about.channels < NARROW) + "convolution"
-        found.setdefault(Kind(what, spec), []).append(path)
+        kind = Kind(what, replace(spec, multiplied=False))  # a product before it changes no kernel
+        found.setdefault(kind, []).append(path)
     for path, point in plan.points.items():
         found.setdefault(Kind("attention products", point), []).append(path)
     return found

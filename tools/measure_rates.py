@@ -3,8 +3,8 @@
     python tools/measure_rates.py --out out/rates > exporter/rates.json
 
 Each stage of each model runs in a process of its own, as its command does; what lies in `--out` is kept. Four models of
-random weights: a tiny DiT, for what the program itself takes; a deep one, for what nodes do; a wide one, for weights; and
-a U-Net, for what a call's tensors take beside the kernels' own memory. None is a model that the rates are judged by
+random weights: a tiny DiT, for what the program itself takes; a deep one, for what nodes do; a wide one, for weights;
+and a U-Net, for what a call's tensors take with the kernels' own memory. None is a model that the rates are judged by
 (`tools/measure_preflight.py`).
 """
 

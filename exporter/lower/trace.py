@@ -64,7 +64,7 @@ def trace_model(
 ) -> ir.Model:
     """Returns the graph of what `build` makes; its weights have names, types and shapes but no values yet."""
     specs, axes = inputs_of(family, table, step_input), family.axes()
-    with _default_dtype(TORCH_TYPES[dtype]), FakeTensorMode(allow_non_fake_inputs=True):
+    with default_dtype(TORCH_TYPES[dtype]), FakeTensorMode(allow_non_fake_inputs=True):
         model = build()
         if table is not None:
             for path, columns in table.columns.items():
@@ -98,7 +98,7 @@ def _example(spec: TensorSpec, axes: Mapping[str, Axis], float_type: torch.dtype
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
