@@ -24,6 +24,8 @@ from exporter.watch import ROWS
 
 RATES: Json = json.loads(Path(__file__).with_name("rates.json").read_text(encoding="utf-8"))
 WORD, DOUBLE = 4, 8  # bytes of fp32, of fp64
+MAPPED = 32 << 20  # what is larger glibc maps, and gives back at once. Source: mallopt(3), M_MMAP_THRESHOLD
+TEMPORARIES = 10  # tensors of a weight's size while it is encoded
 ROUNDING = 1.7  # what lives at once while a layer's input is rounded, of what does in a float model
 REFERENCE_CALLS = 6  # fp32 calls' worth: the float model, and the quantized one in fp32, fp64 and fp16
 RUNNERS = 3  # that draw images: float, quantized, an engine
@@ -132,8 +134,7 @@ def _quantize(work: Workload) -> Estimate:
     observed = min(work.rows[ROWS], work.records)
     phases = {
         "float model, observed": work.float_bytes + _scratch(work.planned.peak_bytes * observed),
-        # float weights go as codes come, but what the allocator had of them it keeps
-        "float model and codes": work.float_bytes + work.code_bytes + round(RATES["encode"] * WORD * work.largest),
+        "float model, a weight encoded": work.float_bytes + _encoding(work),
         "quantized model, written": work.code_bytes + _rest(work) + 2 * min(SHARD_BYTES, work.stored_bytes),
         "quantized model in fp64": work.wide_bytes + _fp64_call(work),
         **{f"training {number}": size for number, size in enumerate(_trained(work), 1)},
@@ -144,6 +145,12 @@ def _quantize(work: Workload) -> Estimate:
     seconds += sum(work.weights.values()) / RATES["weights_per_second"] + sum(_training_seconds(work))
     targets = max((_target_bytes(work, training) for training in work.trainings), default=0)
     return _of("quantize", {phase: phases[phase]}, seconds, work.stored_bytes + targets)
+
+
+def _encoding(work: Workload) -> int:
+    """Returns what turning the largest weight into codes takes, with the holes that it leaves in the heap."""
+    size = WORD * work.largest
+    return max(TEMPORARIES * size, int(RATES["encode"] * min(size, MAPPED)))
 
 
 def _fp64_call(work: Workload) -> int:
@@ -214,12 +221,13 @@ def file_bytes(work: Workload, dtype: str) -> int:
 def _build(work: Workload, backend: str) -> Estimate:
     size = work.graphs[work.dtypes[backend]]
     rates = RATES["build"].get(backend, RATES["build"]["trt-rtx"])
+    shared = rates["maps_files"]  # an engine of ONNX Runtime is its graph's own files, and maps those beside it
     held = {
         "nodes": round(node_count(work) * rates["bytes_per_node"]),
-        "weights": round(size * rates["bytes_per_byte"]),
+        "weights": round((0 if shared and size > EXTERNAL_BYTES else size) * rates["bytes_per_byte"]),
     }
     seconds = node_count(work) * rates["seconds_per_node"] + size * rates["seconds_per_byte"]
-    disk = 0 if rates["shares_disk"] else work.engines[backend]  # an engine of ONNX Runtime is its graph's own files
+    disk = 0 if shared else work.engines[backend]
     return _of("build", held, seconds, disk, f" {backend}")
 
 
@@ -231,7 +239,7 @@ def _validate(work: Workload) -> Estimate:
     held = {
         "models": work.float_bytes + decoded + work.code_bytes + _rest(work),
         "engine": round(engine * RATES["opened_engine"]),
-        "activations": _scratch(work.plain.peak_bytes * rows),
+        "activations": RUNNERS * _scratch(work.plain.peak_bytes * rows),
     }
     calls = RUNNERS * (IMAGES * work.steps * work.guided)
     return _of("validate", held, 2 * _load_seconds(work) + _call_seconds(work, calls))

@@ -3,9 +3,9 @@
     python tools/measure_preflight.py --out out/preflight                        shipped models and DiT-XL/2
     python tools/measure_preflight.py --out out/preflight --model digits-dit     one of them
 
-Each stage runs in a process of its own (`tools/measure_rates.py`); what lies in `--out` is kept. Calibration is kept short:
-few trajectories, few iterations, for DiT-XL/2 one trajectory of two steps. Exit code 3 if bytes are off by more than 3 %
-or peak memory by more than 25 %.
+Each stage runs in a process of its own (`tools/measure_rates.py`); what lies in `--out` is kept. Calibration is kept
+short: few trajectories, few iterations, for DiT-XL/2 one trajectory of two steps. Exit code 3 if bytes are off by more
+than 3 % or peak memory by more than 25 %.
 """
 
 from __future__ import annotations

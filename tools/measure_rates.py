@@ -127,7 +127,7 @@ def work_of(model: str, recipe: str, steps: int | None) -> object:
 
 def rates(found: dict[str, dict], recipe: str) -> dict:
     """Returns the rates; each is what one model takes beyond another, over what it has more of."""
-    from exporter.estimate import WORD, node_count
+    from exporter.estimate import WORD, estimates, node_count
 
     works = {name: work_of(one["model"], recipe, one["steps"]) for name, one in found.items()}
     nodes = {name: node_count(work) for name, work in works.items()}
@@ -146,12 +146,14 @@ def rates(found: dict[str, dict], recipe: str) -> dict:
         return max(0.0, (both[1] - both[0] - more(stage, key) * (nodes["wide"] - nodes["tiny"])) / size)
 
     base = {stage: peak("tiny", stage) for stage in ("calibrate", "quantize", "build ort", "build trt-rtx", "validate")}
+    validated = {one.stage: one for one in estimates(works["tiny"])}["validate"]
+    base["validate"] -= validated.memory - validated.held["program"]
     base["lower"] = round(peak("tiny", "lower fp32") - nodes["tiny"] * more("lower fp32", "peak_rss_bytes"))
     for name in BACKENDS:
         base[f"build {name}"] -= round(nodes["tiny"] * more(f"build {name}", "peak_rss_bytes"))
     wide, unet = works["wide"], works["unet"]
     load, call = timed(found["wide"]["model"])
-    encoding = peak("wide", "quantize") - base["quantize"] - wide.float_bytes - wide.code_bytes
+    encoding = peak("wide", "quantize") - base["quantize"] - wide.float_bytes
     quantizing = found["wide"]["stages"]["quantize"]["seconds"] - load - 14 * call  # its observing and reference calls
     scratch = peak("unet", "calibrate") - base["calibrate"] - unet.float_bytes
     file = found["deep"]["sizes"]["graph fp32 files"] - found["deep"]["sizes"]["graph fp32"]
@@ -171,7 +173,7 @@ def rates(found: dict[str, dict], recipe: str) -> dict:
                 "bytes_per_byte": round(rest(f"build {name}", "peak_rss_bytes", wide.graphs[dtype]), 3),
                 "seconds_per_node": round(more(f"build {name}", "seconds"), 6),
                 "seconds_per_byte": rest(f"build {name}", "seconds", wide.graphs[dtype]),
-                "shares_disk": name == "ort",
+                "maps_files": name == "ort",
             }
             for name, dtype in BACKENDS.items()
         },

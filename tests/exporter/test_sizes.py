@@ -17,6 +17,7 @@ from exporter.quantize import quantize
 
 INT8 = {"format": "int", "bits": 8}
 FP8 = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
+FP4 = {"format": "fp", "exponent_bits": 2, "mantissa_bits": 1}
 REST = {"layers": "*", "keep": "float"}
 RECIPES = {
     "fp8": [{"layers": "*", "weight": FP8, "activation": FP8}],
@@ -40,7 +41,7 @@ RECIPES = {
         },
         REST,
     ],
-    "fp4": [{"layers": "*.ff.*", "weight": {"format": "fp", "exponent_bits": 2, "mantissa_bits": 1}, "activation": FP8}, REST],
+    "fp4": [{"layers": "*.ff.*", "weight": FP4, "activation": FP8}, REST],
 }  # fmt: skip
 
 
