@@ -47,6 +47,7 @@ class Workload:
     parameters: int
     weights: Mapping[str, int]  # quantized ones, by layer
     largest: int
+    latent: int  # numbers in a sample
     text_bytes: int
     feed_bytes: int  # of one row
     guided: int  # rows to a sample: two, where guidance runs the network twice
@@ -158,7 +159,8 @@ def _fp64_call(work: Workload) -> int:
     rows = min(work.rows[REFERENCE_ROWS], work.samples * work.guided)
     columns = DOUBLE * work.columns * rows  # kernels of convolutions in fp64 lay their patches out, of all rows
     decoded = 2 * DOUBLE * work.largest  # the values of the codes, and these times the scale
-    return decoded + _scratch(columns + int(DOUBLE / WORD * ROUNDING * work.planned.peak_bytes * rows))
+    rounding = ROUNDING if work.quantizers else 1.0
+    return columns + decoded + _scratch(int(DOUBLE / WORD * rounding * work.planned.peak_bytes * rows))
 
 
 def _rest(work: Workload) -> int:
@@ -239,6 +241,7 @@ def _validate(work: Workload) -> Estimate:
     held = {
         "models": work.float_bytes + decoded + work.code_bytes + _rest(work),
         "engine": round(engine * RATES["opened_engine"]),
+        "pictures": round(RATES["pictures"] * WORD * IMAGES * work.latent),
         "activations": RUNNERS * _scratch(work.plain.peak_bytes * rows),
     }
     calls = RUNNERS * (IMAGES * work.steps * work.guided)

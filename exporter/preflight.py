@@ -207,7 +207,7 @@ def workload(found: Planned, targets: Sequence[Target]) -> Workload:
         parameters=sum(parameters.values()), weights=layers, largest=max(layers.values(), default=0),
         columns=_columns(found, plain), text_bytes=text_bytes(checkpoint), feed_bytes=feed, guided=guided,
         samples=calibration.samples, steps=found.steps, recorded=recorded, plain=plain, planned=watched,
-        wide_bytes=wide_bytes,
+        wide_bytes=wide_bytes, latent=math.prod(family.latent_shape()),
         code_bytes=codes, stored_bytes=found.stored.bytes, graphs=graphs,
         engines={target.backend: graphs[target.dtype] for target in targets},
         dtypes={target.backend: target.dtype for target in targets},

@@ -127,7 +127,7 @@ def work_of(model: str, recipe: str, steps: int | None) -> object:
 
 def rates(found: dict[str, dict], recipe: str) -> dict:
     """Returns the rates; each is what one model takes beyond another, over what it has more of."""
-    from exporter.estimate import WORD, estimates, node_count
+    from exporter.estimate import IMAGES, WORD, estimates, node_count
 
     works = {name: work_of(one["model"], recipe, one["steps"]) for name, one in found.items()}
     nodes = {name: node_count(work) for name, work in works.items()}
@@ -145,9 +145,11 @@ def rates(found: dict[str, dict], recipe: str) -> dict:
         both = [found[name]["stages"][stage][key] for name in ("tiny", "wide")]
         return max(0.0, (both[1] - both[0] - more(stage, key) * (nodes["wide"] - nodes["tiny"])) / size)
 
-    base = {stage: peak("tiny", stage) for stage in ("calibrate", "quantize", "build ort", "build trt-rtx", "validate")}
-    validated = {one.stage: one for one in estimates(works["tiny"])}["validate"]
-    base["validate"] -= validated.memory - validated.held["program"]
+    base = {stage: peak("tiny", stage) for stage in ("calibrate", "quantize", "build ort", "build trt-rtx")}
+    held = {one.stage: one.held for one in estimates(works["tiny"])}["validate"]
+    base["validate"] = base["quantize"]  # the same program; the rest is what scores take of the pictures
+    scored = peak("tiny", "validate") - base["validate"]
+    scored -= sum(size for name, size in held.items() if name not in ("program", "pictures"))
     base["lower"] = round(peak("tiny", "lower fp32") - nodes["tiny"] * more("lower fp32", "peak_rss_bytes"))
     for name in BACKENDS:
         base[f"build {name}"] -= round(nodes["tiny"] * more(f"build {name}", "peak_rss_bytes"))
@@ -165,6 +167,7 @@ def rates(found: dict[str, dict], recipe: str) -> dict:
         "encode": round(max(0.0, encoding / (WORD * wide.largest)), 2),
         "whole_graphs": round(rest("lower fp32", "peak_rss_bytes", wide.graphs["fp32"]), 2),
         "opened_engine": 2.0,
+        "pictures": round(max(0.0, scored / (WORD * IMAGES * works["tiny"].latent)), 1),
         "lower_bytes_per_node": round(more("lower fp32", "peak_rss_bytes")),
         "file_bytes_per_node": round(file / nodes["deep"], 1),
         "build": {

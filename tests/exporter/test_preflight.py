@@ -95,11 +95,11 @@ def test_models_of_any_size_are_planned_without_their_memory(config, tmp_path):
     assert sizes.graph_bytes(found.checkpoint.family, found.calibrated, "fp16") > 2e9
 
 
-def test_training_asks_for_more_memory_time_and_disk_than_rounding():
+def test_training_all_blocks_asks_for_more_memory_time_and_disk_than_rounding():
     checkpoint = open_checkpoint("digits-dit")
     plain, trained = (
         {one.stage: one for one in estimates(preflight.workload(preflight.planned(checkpoint, recipe.load(name)), []))}
-        for name in ("fp8", "fp8-learned")
+        for name in ("int8", "dilate-w8a8")
     )
     for key in ("memory", "seconds", "disk"):
         assert getattr(trained["quantize"], key) > getattr(plain["quantize"], key), key
