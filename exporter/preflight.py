@@ -84,7 +84,7 @@ def preflight(found: Planned, targets: Sequence[Target], *, out: Path | None = N
         "targets": [vars(target) for target in targets],
         "formats": formats(found, targets),
         "kept": kept(found, work),
-        "bytes": _bytes(found, work, targets),
+        "bytes": _bytes(found, work),
         "stages": [one.to_json() for one in told],
         "disk": disk(told, out),
         "memory_bytes": total_bytes(),
@@ -176,7 +176,7 @@ def kept(found: Planned, work: Workload) -> Json:
     }
 
 
-def _bytes(found: Planned, work: Workload, targets: Sequence[Target]) -> Json:
+def _bytes(found: Planned, work: Workload) -> Json:
     return {
         "float_fp16": 2 * work.parameters,
         "quantized": found.stored.bytes,
