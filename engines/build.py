@@ -16,6 +16,7 @@ from engines import artifacts, backends, schedule
 from engines.artifacts import Artifact, Request
 from engines.audit import check_compression
 from engines.errors import UserError
+from engines.memory import peak_rss_bytes
 from engines.plans import PLAN, constant_bytes, from_json
 from engines.version import code_version
 
@@ -43,7 +44,7 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, d
     if (made := artifacts.current(out, request)) is not None:
         return made
     with artifacts.drafting(out, request) as draft:
-        widened = _run_worker(backend, graph, draft.path, target, way)
+        widened, draft.timings["peak_rss_bytes"] = _run_worker(backend, graph, draft.path, target, way)
         rows = from_json(json.loads((draft.path / PLAN).read_text(encoding="utf-8")))
         where = f"{backend} engine{f' for {target}' if target else ''}"
         if way != "load":  # which expands codebooks on purpose, in memory alone
@@ -64,8 +65,10 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, d
     return artifacts.open_artifact(out, "engine")
 
 
-def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None, decode: str | None) -> dict[str, int]:
-    """Returns what the backend's `build` does."""
+def _run_worker(
+    backend: str, graph: Artifact, folder: Path, gpu: str | None, decode: str | None
+) -> tuple[dict[str, int], int | None]:
+    """Returns what the backend's `build` does, and the peak memory of the process it ran in."""
     command = [sys.executable, "-m", "engines.build", backend, str(graph.path.resolve()), str(folder.resolve())]
     lifeline, held = os.pipe()
     worker = subprocess.Popen(
@@ -94,8 +97,8 @@ def _run_worker(backend: str, graph: Artifact, folder: Path, gpu: str | None, de
         )
     if worker.returncode:
         raise RuntimeError(f"the {backend} build worker failed ({worker.returncode}):\n{err}")
-    widened: dict[str, int] = json.loads(out.strip().splitlines()[-1])
-    return widened
+    told = json.loads(out.strip().splitlines()[-1])
+    return told["widened"], told["peak_rss_bytes"]
 
 
 def _die_with_parent() -> None:
@@ -120,7 +123,7 @@ def _worker(backend: str, graph_folder: str, folder: str, gpu: str, decode: str)
     except UserError as error:
         print(json.dumps({"what": error.what, "fix": error.fix}))
         return FAULT
-    print(json.dumps(dict(widened)))
+    print(json.dumps({"widened": dict(widened), "peak_rss_bytes": peak_rss_bytes()}))
     return 0
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from engines import artifacts, backends
 from engines.artifacts import Json
 from engines.errors import UserError
+from engines.memory import peak_rss_bytes
 from engines.runner import Feeds, Runner
 from engines.schedule import with_steps
 from exporter import progress
-from exporter.memory import peak_rss_bytes
 
 ROUNDS = 10  # of one turn per runner
 TURN_MS = 150.0  # a turn runs at least this long,

@@ -11,6 +11,7 @@ from calib_data.store import ShardWriter, shard_name
 from engines import artifacts
 from engines.artifacts import Artifact, Draft, Request, digest_json
 from engines.errors import UserError
+from engines.memory import peak_rss_bytes
 from engines.runner import Runner
 from exporter import progress
 from exporter.checkpoint import Checkpoint
@@ -55,6 +56,7 @@ def calibrate(
             "entries": entries,
             "sampler": checkpoint.sampler,
         }
+        draft.timings["peak_rss_bytes"] = peak_rss_bytes()
     return artifacts.open_artifact(out, "calibration")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,64 @@ def run(
         prompts=asked, calibration=calibration,
     )  # fmt: skip
     _report(report, as_json, out)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--recipe", required=True, help="A shipped recipe, or a .toml file.")
+@click.option("--backend", "backends", multiple=True, help="May be repeated (default: all that can build here).")
+@GPU
+@click.option("--dtype", help="Float type of the graphs, fp16 or fp32 (default: each backend's own).")
+@STEPS
+@click.option("--out", type=FOLDER, help="Where the run would write: its disk is looked at.")
+@click.option("--no-prove", is_flag=True, help="Do not build a small layer of each kind.")
+@JSON
+def preflight(
+    model: str,
+    recipe: str,
+    backends: tuple[str, ...],
+    gpu: str | None,
+    dtype: str | None,
+    steps: int | None,
+    out: Path | None,
+    no_prove: bool,
+    as_json: bool,
+) -> None:
+    """Say in seconds whether a run of MODEL can work, and what it will weigh and take."""
+    from engines.backends import load
+    from exporter.lower import check_dtype
+
+    _check_model(model)
+    _check_recipe(recipe)
+    for name in backends:
+        load(name)
+    if dtype is not None:
+        check_dtype(dtype)
+    from exporter import preflight as stage
+
+    found = stage.planned(_checkpoint(model, steps, 0), _recipe(recipe))
+    report = stage.preflight(found, stage.targets(backends, gpu, dtype), out=out, proved=not no_prove)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    from exporter.preflight_tables import tables
+
+    _print(tables(report))
+
+
+@main.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """Say what is installed, and what can be built and run here."""
+    from exporter import doctor as stage
+
+    found = stage.doctor()
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        _print(stage.tables(found))
+    if found["fix"]:
+        raise UserError(f"{', '.join(found['lacking'])}: missing, or too old", fix=found["fix"])
 
 
 @main.command()
@@ -376,6 +434,14 @@ def _recipe(name: str) -> Any:
 
 def _done(artifact: Any) -> None:
     click.echo(f"{artifact.path}: {artifact.manifest['kind']}, digest {artifact.digest[:16]}, {artifact.bytes:,} bytes")
+
+
+def _print(parts: Iterable[Any]) -> None:
+    from exporter import progress
+
+    console = progress.stdout()
+    for part in parts:
+        console.print(part, markup=False)
 
 
 def _held(engine: dict[str, Any]) -> str:

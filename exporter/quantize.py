@@ -17,11 +17,11 @@ from calib_data.tensors import save_tensors
 from engines import artifacts
 from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError
+from engines.memory import peak_rss_bytes
 from exporter import methods, moments, progress, quantized, scaling
 from exporter.activations import observe
 from exporter.attention import quantized_points
 from exporter.checkpoint import Checkpoint
-from exporter.memory import peak_rss_bytes
 from exporter.models import Family
 from exporter.modules import SteppedLayer
 from exporter.plan import Plan, plan_layers

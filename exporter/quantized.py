@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -71,6 +71,14 @@ def save(model: nn.Module, folder: Path) -> None:
     save_tensors(held, folder / f"weights-{number:05d}.safetensors")
 
 
+class Tensors(Protocol):
+    """Tensors by name, as they are stored."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def raw(self, name: str) -> torch.Tensor: ...
+
+
 class StoredTensors:
     """Reads the tensors of a Quantized artifact by name, one at a time."""
 
@@ -130,13 +138,19 @@ def skeleton(artifact: Artifact) -> nn.Module:
 
 def build(artifact: Artifact) -> nn.Module:
     """Builds the quantized module in the tensors that are the default around it: on meta, or fake."""
-    model = family(artifact).build().eval()
-    split_inputs(model, artifact.info["splits"])
-    for path, spec in specs(artifact).items():
+    return assemble(family(artifact), artifact.info["splits"], specs(artifact), points(artifact))
+
+
+def assemble(
+    family: Family, splits: Mapping[str, int], specs: Mapping[str, LayerSpec], points: Mapping[str, PointSpec]
+) -> nn.Module:
+    """Builds a quantized module, whose codes and scales are not filled."""
+    model = family.build().eval()
+    split_inputs(model, splits)
+    for path, spec in specs.items():
         put(model, path, quantized_layer(float_layer(model, path), spec))
-    found = points(artifact)
-    add_points(model, list(dict.fromkeys(attention_of(path) for path in found)))
-    quantize_points(model, found)
+    add_points(model, list(dict.fromkeys(attention_of(path) for path in points)))
+    quantize_points(model, points)
     return model
 
 

@@ -4,39 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engines import artifacts, backends
 from engines.artifacts import Artifact, Json, digest_file
-from engines.build import build, points_as_layers
+from engines.build import build
 from engines.errors import UserError
+from engines.memory import peak_rss_bytes
 from exporter import bench, damage, html_report, progress
-from exporter.attention import PointSpec
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
 from exporter.images import IMAGES, SHOWN
 from exporter.layers import compare_layers
-from exporter.lower import check_deployable, lower
-from exporter.plan import plan_of
+from exporter.lower import lower
+from exporter.plan import plan_layers
 from exporter.quantize import quantize
 from exporter.recipe import Recipe
 from exporter.run_folder import REPORT, Run, locked, remove_stale
+from exporter.support import refuse, target_of
 from exporter.validate import validate
 from exporter.versions import versions
 
 PICTURE = "samples.png"
-
-
-@dataclass(frozen=True)
-class Target:
-    """One engine to build."""
-
-    backend: str
-    gpu: str | None
-    dtype: str
-    decode: str | None
 
 
 def run(
@@ -58,8 +48,9 @@ def run(
     """
     if decode is not None and not any(backends.load(name).DECODES for name in backend_names):
         backends.resolve_decode(backend_names[0], decode)  # which refuses it
-    targets = [_target(name, gpu, dtype, decode) for name in dict.fromkeys(backend_names)]
-    preflight(checkpoint, recipe, targets)
+    targets = [target_of(name, gpu, dtype, decode) for name in dict.fromkeys(backend_names)]
+    model = checkpoint.skeleton()
+    refuse(checkpoint, recipe, model, plan_layers(model, checkpoint.family, recipe), targets)
     with locked(out):
         data = _calibration(checkpoint, recipe, out, calibration, seed=seed, prompts=prompts)
         source = _stage("quantize", quantize, checkpoint, recipe, data, out / "quantized")
@@ -116,27 +107,6 @@ def _calibration(
         )
     progress.note(f"calibrate: {given} is used again")
     return found
-
-
-def _target(name: str, gpu: str | None, dtype: str | None, decode: str | None) -> Target:
-    module = backends.load(name)
-    resolved = module.resolve_gpu(gpu)
-    if gpu is not None and resolved is None:
-        progress.note(f"note: --gpu {gpu} says nothing to {name}, which runs wherever it is opened")
-    if decode is not None and not module.DECODES:
-        progress.note(f"note: --decode {decode} says nothing to {name}, which decodes codebooks its own way")
-        decode = None
-    return Target(name, resolved, dtype or module.DTYPE, backends.resolve_decode(name, decode))
-
-
-def preflight(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target]) -> None:
-    """Refuses now what a later stage would refuse after minutes or hours."""
-    plan = plan_of(checkpoint, recipe)
-    check_deployable({path: spec.to_json() for path, spec in plan.specs.items()}, f"recipe {recipe.name!r}")
-    kinds = {path: spec.engine_types for path, spec in plan.specs.items()}
-    kinds |= points_as_layers({path: PointSpec(rule.format).engine_type for path, rule in plan.products.items()})
-    for target in targets:
-        backends.load(target.backend).check(kinds, target.gpu)
 
 
 def _stage(title: str, stage: Callable[..., Artifact], *args: Any, **kwargs: Any) -> Artifact:
@@ -196,4 +166,5 @@ def _timings(run: Run, content: Json, validate_seconds: float) -> Json:
     made |= {f"graph {name}": graph for name, graph in run.graphs.items()}
     made |= {f"engine {name}": engine for name, engine in run.engines.items()}
     stages = {name: artifacts.read_json(artifact.path / artifacts.TIMINGS) for name, artifact in made.items()}
-    return {"stages": {**stages, "validate": {"seconds": validate_seconds}}, "throughput": content["throughput"]}
+    validated = {"seconds": validate_seconds, "peak_rss_bytes": peak_rss_bytes()}  # of all stages run by this process
+    return {"stages": {**stages, "validate": validated}, "throughput": content["throughput"]}

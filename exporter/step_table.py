@@ -9,7 +9,9 @@ import torch
 
 from engines.artifacts import Artifact
 from exporter import quantized
+from exporter.attention import PointSpec
 from exporter.modules import step_unit
+from exporter.quantized import Tensors
 from exporter.specs import LayerSpec
 
 NAME = "step_table"
@@ -25,7 +27,11 @@ class StepTable:
 
 def step_table(source: Artifact) -> StepTable | None:
     """Returns the table of a Quantized artifact, None where one scale serves all steps; equal columns are one."""
-    stored = quantized.StoredTensors(source)
+    return table_of(quantized.StoredTensors(source), {**quantized.specs(source), **quantized.points(source)})
+
+
+def table_of(stored: Tensors, specs: Mapping[str, LayerSpec | PointSpec]) -> StepTable | None:
+    """Returns the table of what is stored for layers and points."""
     numbers: dict[bytes, int] = {}
     values: list[torch.Tensor] = []
 
@@ -37,7 +43,6 @@ def step_table(source: Artifact) -> StepTable | None:
         return numbers[key]
 
     columns = {}
-    specs = quantized.specs(source) | quantized.points(source)
     for path, spec in specs.items():
         if not spec.steps:
             continue

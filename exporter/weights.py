@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +26,13 @@ BITS = {
 class Weights(Protocol):
     """Named tensors, read one at a time."""
 
-    digest: str
+    @property
+    def digest(self) -> str: ...
 
     def names(self) -> set[str]: ...
+
+    def halves(self) -> set[str]:
+        """Returns the names of those that are stored in fp16."""
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Returns the tensor as it is stored; a wrong shape, a NaN or an infinity is an error."""
@@ -98,7 +103,10 @@ class SafetensorsWeights:
                 f"{folder}: its index promises {self._promised} bytes of weights, its {len(files)} shards hold {held}",
                 fix="shards of different downloads do not go together: copy the model again, with its index",
             )
-        self.digest = digest_json([[file.name, digest_file(file)] for file in files])
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_json([[file.name, digest_file(file)] for file in sorted(set(self._files.values()))])
 
     def _bytes(self) -> int:
         entries = (self._headers[file][name] for name, file in self._files.items())
@@ -132,6 +140,9 @@ class SafetensorsWeights:
     def names(self) -> set[str]:
         return set(self._files)
 
+    def halves(self) -> set[str]:
+        return {name for name, file in self._files.items() if self._headers[file][name]["dtype"] == "F16"}
+
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         from safetensors import safe_open
 
@@ -161,6 +172,9 @@ class RandomWeights:
 
     def names(self) -> set[str]:
         return set(self._shapes)
+
+    def halves(self) -> set[str]:
+        return set()
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Draws matrices with variance 1/fan-in, vectors near 0 (biases) or near 1 (norm weights)."""

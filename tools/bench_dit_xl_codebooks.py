@@ -16,10 +16,10 @@ from pathlib import Path
 import click
 
 from engines.artifacts import Artifact
+from engines.memory import peak_rss_bytes
 from exporter import recipe
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
-from exporter.memory import peak_rss_bytes
 from exporter.quantize import quantize
 
 # Source: Peebles and Xie, arXiv 2212.09748, table 1; facebook/DiT-XL-2-256's config.

@@ -14,10 +14,10 @@ import click
 from bench_wide_dit import CONFIG, cpu
 
 from engines.artifacts import Artifact, read_json
+from engines.memory import peak_rss_bytes
 from exporter import recipe
 from exporter.calibrate import calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.memory import peak_rss_bytes
 from exporter.quantize import quantize
 
 

@@ -16,10 +16,10 @@ import click
 
 from engines import artifacts
 from engines.build import build
+from engines.memory import peak_rss_bytes
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
 from exporter.lower import lower
-from exporter.memory import peak_rss_bytes
 from exporter.quantize import quantize
 from exporter.recipe import load
 

@@ -34,6 +34,9 @@ class Backend(Protocol):
     def resolve_gpu(self, gpu: str | None) -> str | None:
         """Returns the target to build for; None for a backend that has none."""
 
+    def targets(self) -> list[str]:
+        """Returns the GPUs that can be built for; none for a backend whose engines run wherever they are opened."""
+
     def check(self, layers: Layers, gpu: str | None) -> None:
         """Raises a UserError if this target cannot run a layer's format."""
 

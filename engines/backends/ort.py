@@ -62,6 +62,10 @@ def resolve_gpu(gpu: str | None) -> str | None:
     return None
 
 
+def targets() -> list[str]:
+    return []
+
+
 def check(layers: Mapping[str, Mapping[str, str | None]], gpu: str | None) -> None:
     """ONNX Runtime computes every format we emit, in float where it has no kernel; there is nothing to refuse."""
 

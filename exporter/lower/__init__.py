@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from engines import artifacts, schedule
 from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError, unknown
+from engines.memory import peak_rss_bytes
 from exporter.versions import versions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from exporter.models import TensorSpec
+    from exporter.models import Family, TensorSpec
+    from exporter.quantized import Tensors
+    from exporter.specs import LayerSpec
     from exporter.step_table import StepTable
 
 DTYPES = ("fp16", "fp32")
@@ -49,9 +52,10 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32", step_input: str =
     from exporter.step_table import step_table
 
     specs, table = quantized.specs(source), step_table(source)
-    inputs = inputs_of(quantized.family(source), table, step_input)
+    family, stored = quantized.family(source), quantized.StoredTensors(source)
+    inputs = inputs_of(family, table, step_input)
     with artifacts.drafting(out, request) as draft:
-        graph = _run_passes(trace(source, dtype, table, step_input), source, inputs, table)
+        graph = run_passes(trace(source, dtype, table, step_input), family, stored, specs, inputs, table)
         write(graph, draft.path / "model.onnx")
         shapes = {
             path: layer.weight_shape for path, layer in quantized.quantized_layers(quantized.skeleton(source)).items()
@@ -63,6 +67,7 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32", step_input: str =
         draft.info = _info(source, dtype, inputs) | found
         draft.info["step_input"] = step_input if table is not None else None
         draft.info["fed_timesteps"] = _fed_timesteps(source) if table is not None else None
+        draft.timings["peak_rss_bytes"] = peak_rss_bytes()
     return artifacts.open_artifact(out, "graph")
 
 
@@ -103,11 +108,18 @@ def check_dtype(dtype: str) -> None:
         raise unknown("dtype", dtype, DTYPES)
 
 
-def _run_passes(model: ir.Model, source: Artifact, inputs: Sequence[TensorSpec], table: StepTable | None) -> ir.Model:
+def run_passes(
+    model: ir.Model,
+    family: Family,
+    stored: Tensors,
+    specs: Mapping[str, LayerSpec],
+    inputs: Sequence[TensorSpec],
+    table: StepTable | None,
+) -> ir.Model:
+    """Makes of what was traced the graph that is written."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    from exporter import quantized
     from exporter.lower.passes.attach_functions import AttachFunctions
     from exporter.lower.passes.attach_weights import AttachWeights
     from exporter.lower.passes.attach_zero_points import AttachZeroPoints
@@ -116,12 +128,11 @@ def _run_passes(model: ir.Model, source: Artifact, inputs: Sequence[TensorSpec],
     from exporter.lower.passes.share_initializers import ShareInitializers
     from exporter.lower.trace import PREFIX
 
-    family = quantized.family(source)
     passes = ir.passes.Sequential(
         FoldConstants(),
         NameAfterModules(PREFIX, inputs, family.output()),
         common.RemoveUnusedNodesPass(),
-        AttachWeights(quantized.StoredTensors(source), quantized.specs(source), table),
+        AttachWeights(stored, specs, table),
         ShareInitializers(),
         AttachZeroPoints(),
         AttachFunctions(),
@@ -150,15 +161,11 @@ def _info(source: Artifact, dtype: str, inputs: Sequence[TensorSpec]) -> Json:
     from exporter.lower.trace import IR_VERSION, OPSET
 
     family, info = quantized.family(source), source.info
-    entries = [
-        {"name": spec.name, "dtype": dtype if spec.dtype == "float" else spec.dtype, "shape": list(spec.shape)}
-        for spec in inputs
-    ]
     return {
         "dtype": dtype,
         "opset": OPSET,
         "ir_version": IR_VERSION,
-        "inputs": entries,
+        "inputs": input_entries(inputs, dtype),
         "output": family.output().name,
         "axes": {name: axis.to_json() for name, axis in family.axes().items()},
         "layers": {path: spec.engine_types for path, spec in quantized.specs(source).items()},
@@ -166,3 +173,11 @@ def _info(source: Artifact, dtype: str, inputs: Sequence[TensorSpec]) -> Json:
         "stored_bytes": quantized.stored_bytes(source),
         **{key: info[key] for key in ("model", "recipe", "weights", "timesteps", "sampler", "splits", "allowed")},
     }
+
+
+def input_entries(inputs: Sequence[TensorSpec], dtype: str) -> list[Json]:
+    """Returns what a graph's manifest says of its inputs."""
+    return [
+        {"name": spec.name, "dtype": dtype if spec.dtype == "float" else spec.dtype, "shape": list(spec.shape)}
+        for spec in inputs
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import onnx_ir as ir
@@ -55,11 +55,17 @@ def inputs_of(family: Family, table: StepTable | None, step_input: str) -> tuple
 
 
 def trace(artifact: Artifact, dtype: str, table: StepTable | None, step_input: str) -> ir.Model:
-    """Returns the graph in `dtype`; its weights have names, types and shapes but no values yet."""
-    family = quantized.family(artifact)
+    """Returns the graph of a Quantized artifact in `dtype`."""
+    return trace_model(lambda: quantized.build(artifact), quantized.family(artifact), dtype, table, step_input)
+
+
+def trace_model(
+    build: Callable[[], nn.Module], family: Family, dtype: str, table: StepTable | None, step_input: str
+) -> ir.Model:
+    """Returns the graph of what `build` makes; its weights have names, types and shapes but no values yet."""
     specs, axes = inputs_of(family, table, step_input), family.axes()
-    with _default_dtype(TORCH_TYPES[dtype]), FakeTensorMode(allow_non_fake_inputs=True):
-        model = quantized.build(artifact)
+    with default_dtype(TORCH_TYPES[dtype]), FakeTensorMode(allow_non_fake_inputs=True):
+        model = build()
         if table is not None:
             for path, columns in table.columns.items():
                 cast(SteppedLayer | QuantizedPoint, model.get_submodule(path)).columns = columns
@@ -92,7 +98,7 @@ def _example(spec: TensorSpec, axes: Mapping[str, Axis], float_type: torch.dtype
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -18,8 +18,9 @@ from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
 from exporter.formats.int import Format as Int
 from exporter.models import family_of
+from exporter.plan import plan_layers
 from exporter.quantize import quantize
-from exporter.run import Target, preflight
+from exporter.support import Target, refuse
 
 PRODUCTS = {"layers": "*", "type": "attention", "activation": {"format": "int", "bits": 8}}
 KEEP = {"layers": "*", "keep": "float"}
@@ -141,6 +142,9 @@ def test_a_gpu_without_the_type_of_the_products_is_refused_before_anything_is_ca
     weights = {"layers": "*", "weight": {"format": "int", "bits": 8}}
     asked = recipe.parse("mine", {"rule": [products, weights]})
     targets = [Target("trt-rtx", gpu, "fp16", None) for gpu in ("sm89", "sm80")]
-    preflight(open_checkpoint("digits-dit"), asked, targets[:1])
+    checkpoint = open_checkpoint("digits-dit")
+    model = checkpoint.skeleton()
+    plan = plan_layers(model, checkpoint.family, asked)
+    refuse(checkpoint, asked, model, plan, targets[:1])
     with pytest.raises(UserError, match=r"products\.query' is fp8, which sm80 has no hardware for"):
-        preflight(open_checkpoint("digits-dit"), asked, targets[1:])
+        refuse(checkpoint, asked, model, plan, targets[1:])

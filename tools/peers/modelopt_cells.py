@@ -23,9 +23,9 @@ from torch import nn
 
 from calib_data.store import CalibrationSet
 from engines.artifacts import Json, read_json
+from engines.memory import peak_rss_bytes
 from exporter import recipe
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.memory import peak_rss_bytes
 from exporter.plan import plan_layers
 from exporter.runners import TorchRunner
 from exporter.watch import ROWS

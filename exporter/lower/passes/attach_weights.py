@@ -15,7 +15,7 @@ from engines.errors import UserError
 from exporter import step_table
 from exporter.modules import DERIVED, UNITS, ZERO_POINTS, step_unit
 from exporter.ops import codebook
-from exporter.quantized import StoredTensors
+from exporter.quantized import Tensors
 from exporter.specs import LayerSpec
 from exporter.step_table import StepTable
 
@@ -24,7 +24,7 @@ NUMPY_VIEWS = {torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn, torch.float8_e5m2: 
 
 
 class AttachWeights(ir.passes.InPlacePass):
-    def __init__(self, stored: StoredTensors, specs: Mapping[str, LayerSpec], table: StepTable | None) -> None:
+    def __init__(self, stored: Tensors, specs: Mapping[str, LayerSpec], table: StepTable | None) -> None:
         super().__init__()
         self.stored, self.specs, self.table = stored, specs, table
 

@@ -1,7 +1,8 @@
-"""How much memory this process has held at most."""
+"""How much memory a process has held at most, and how much the machine has."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,3 +18,13 @@ def peak_rss_bytes() -> int | None:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return None
+
+
+def total_bytes() -> int | None:
+    """Returns the machine's memory, or what a container is allowed of it; None where the system does not say."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # Windows
+        return None
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return min(found, int(allowed)) if allowed.isdecimal() else found
