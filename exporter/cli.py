@@ -87,12 +87,15 @@ def run(
         check_dtype(dtype)
     asked = _prompts(prompts)
     from exporter import run as runs
+    from exporter import thresholds
 
+    limits = thresholds.beside(recipe)
     opened = _checkpoint(model, steps, seed)
     report = runs.run(
         opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, decode=decode, seed=seed,
         prompts=asked, calibration=calibration,
     )  # fmt: skip
+    thresholds.keep(limits, out)
     _report(report, as_json, out)
 
 
@@ -251,7 +254,11 @@ def validate(run: Path, layers: bool, images: int | None, seed: int, as_json: bo
 @main.command()
 @click.argument("run", type=FOLDER)
 @click.option("--baseline", type=FOLDER, required=True, help="What a good run was kept as.")
-@click.option("--thresholds", type=FOLDER, help="What may be lost, in TOML (default: the limits that ship).")
+@click.option(
+    "--thresholds",
+    type=FOLDER,
+    help="What may be lost, in TOML (default: NAME.check.toml beside the recipe, else the limits that ship).",
+)
 @click.option("--update", is_flag=True, help="Keep RUN as the baseline, and show what is new in it.")
 @click.option("--other-recipe", is_flag=True, help="Allow a baseline of a recipe by another name.")
 @click.option("--junit", type=FOLDER, help="JUnit XML to write.")
@@ -265,9 +272,9 @@ def check(
         raise UserError("--update judges nothing that --junit could tell", fix="leave out one of the two")
     from exporter import check as checks
     from exporter import check_report
-    from exporter.thresholds import load
+    from exporter.thresholds import load, of_run
 
-    limits = load(thresholds)
+    limits = load(thresholds or of_run(run))
     if update:
         written = checks.update(run, baseline, limits, other_recipe=other_recipe)
         _say(written.to_json(), as_json, lambda: check_report.print_updated(written))

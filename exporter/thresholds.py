@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.artifacts import writing_errors
 from engines.errors import UserError, unknown
 from exporter import catalog
 
 SHIPPED = catalog.HERE / "thresholds.toml"
+FILE, SUFFIX = "thresholds.toml", ".check.toml"
 MAX_BYTES = 1 << 16  # a few lines of text
 KEYS: Mapping[str, tuple[str, ...]] = {
     "psnr_db": ("most_lost", "least"),
@@ -42,9 +45,33 @@ class Thresholds:
     samples: int = 32
 
 
-def load(path: Path | None) -> Thresholds:
-    """Loads a file of thresholds, without one those that ship."""
-    where = path or SHIPPED
+def of_run(folder: Path) -> Path:
+    """Returns the file that a run is judged by where none is named: its recipe's own, else what ships."""
+    own = folder / FILE
+    return own if own.is_file() else SHIPPED
+
+
+def beside(recipe: str) -> Path | None:
+    """Returns the thresholds that lie beside a recipe's file, as NAME.check.toml; ones that are invalid are refused."""
+    path = Path(recipe).with_suffix(SUFFIX) if recipe.endswith(".toml") else None
+    if path is None or not path.is_file():
+        return None
+    load(path)
+    return path
+
+
+def keep(path: Path | None, folder: Path) -> None:
+    """Puts thresholds into a run's folder, or takes those of an earlier run away."""
+    own = folder / FILE
+    with writing_errors(own):
+        if path is None:
+            own.unlink(missing_ok=True)
+        else:
+            shutil.copyfile(path, own)
+
+
+def load(where: Path) -> Thresholds:
+    """Loads a file of thresholds."""
     try:
         if where.stat().st_size > MAX_BYTES:
             raise UserError(f"thresholds {where}: larger than {MAX_BYTES} bytes", fix="they are a few lines of text")

@@ -16,11 +16,30 @@ def written(tmp_path, text):
 
 
 def test_the_shipped_thresholds_limit_every_score():
-    found = load(None)
+    found = load(thresholds.SHIPPED)
     assert set(found.most_lost) == {"psnr_db", "ssim", "cosine", "task_score"}
     assert found.most_slower is not None
     assert found.most_larger is not None
     assert (found.false_alarm, found.samples) == (0.05, 32)
+
+
+def test_limits_beside_a_recipe_go_with_its_runs(tmp_path):
+    run, recipe = tmp_path / "run", tmp_path / "mine.toml"
+    run.mkdir()
+    assert thresholds.beside("fp8") is None
+    assert thresholds.beside(str(recipe)) is None
+    assert thresholds.of_run(run) == thresholds.SHIPPED
+    (tmp_path / "mine.check.toml").write_text("[psnr_db]\nmost_lost = 1.5")
+    thresholds.keep(thresholds.beside(str(recipe)), run)
+    assert load(thresholds.of_run(run)).most_lost == {"psnr_db": 1.5}
+    thresholds.keep(None, run)  # of a recipe that has none
+    assert thresholds.of_run(run) == thresholds.SHIPPED
+
+
+def test_limits_beside_a_recipe_are_refused_before_it_runs(tmp_path):
+    (tmp_path / "mine.check.toml").write_text("[psnr]\nmost_lost = 1.5")
+    with pytest.raises(UserError, match=r"mine\.check\.toml: unknown section 'psnr'"):
+        thresholds.beside(str(tmp_path / "mine.toml"))
 
 
 def test_what_a_file_leaves_out_is_not_judged(tmp_path):
