@@ -257,7 +257,7 @@ def validate(run: Path, layers: bool, images: int | None, seed: int, as_json: bo
 @click.option(
     "--thresholds",
     type=FOLDER,
-    help="What may be lost, in TOML (default: NAME.check.toml beside the recipe, else the limits that ship).",
+    help="What may be lost, in TOML (default: NAME.check.toml beside the recipe as `run` took it, else what ships).",
 )
 @click.option("--update", is_flag=True, help="Keep RUN as the baseline, and show what is new in it.")
 @click.option("--other-recipe", is_flag=True, help="Allow a baseline of a recipe by another name.")

@@ -114,7 +114,7 @@ def targets(names: Sequence[str], gpu: str | None, dtype: str | None) -> list[Ta
         support.target_of(name, gpu if names or backends.load(name).targets() else None, dtype, None)
         for name in dict.fromkeys(found)
     ]
-    if gpu is not None and not any(target.gpu for target in made):
+    if gpu is not None and not names and not any(target.gpu for target in made):
         raise UserError(
             f"--gpu {gpu}: no backend that builds for a GPU is installed",
             fix="export-engine doctor says what is here, and what to install",
