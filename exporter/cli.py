@@ -313,6 +313,8 @@ def report(folder: Path) -> None:
     from exporter import html_report
 
     for run in html_report.runs_in(folder):
+        if html_report.is_stale(run):
+            click.echo(f"note: {run}: its report is of other artifacts than lie there: validate it again", err=True)
         click.echo(html_report.write(run))
 
 

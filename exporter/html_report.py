@@ -20,7 +20,7 @@ from exporter import charts, damage, page_tables
 from exporter.cells import at, dash, mb, short
 from exporter.report import activations_line, method_lines
 from exporter.reproduce import commands, named, without_path
-from exporter.run_folder import REPORT
+from exporter.run_folder import REPORT, open_artifacts
 from exporter.thumbnails import thumbnails
 
 PAGE = "report.html"
@@ -53,6 +53,13 @@ def read(folder: Path) -> Json:
     if not all(isinstance(report[key], kind) for key, kind in PARTS.items()):
         raise UserError(f"{folder / REPORT}: malformed", fix="remove it and validate the run again")
     return report
+
+
+def is_stale(folder: Path) -> bool:
+    """Whether the artifacts beside a report are others than it is about; where none lie there, nobody can tell."""
+    if not (folder / "quantized").is_dir():
+        return False
+    return read(folder).get("made_from") != open_artifacts(folder).judged
 
 
 def runs_in(folder: Path) -> list[Path]:

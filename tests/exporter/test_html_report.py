@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from click.testing import CliRunner
+from gated import made_run
 from report_data import LAYERS, audit_row, damaged, pictures, plan_row, report
 from safetensors.torch import save_file
 
@@ -313,3 +314,15 @@ def test_a_sibling_that_cannot_be_read_is_left_out(tmp_path):
 )  # fmt: skip
 def test_a_model_is_named_without_its_absolute_path(model, shown):
     assert reproduce.without_path(model) == shown
+
+
+def test_a_report_of_other_artifacts_is_known_and_one_that_stands_alone_is_taken(tmp_path):
+    run = made_run(tmp_path / "run")
+    assert not html_report.is_stale(saved(tmp_path / "alone"))
+    content = json.loads((run / html_report.REPORT).read_text())
+    page = report() | {"made_from": content["made_from"]}
+    (run / html_report.REPORT).write_text(json.dumps(page))
+    assert not html_report.is_stale(run)
+    page["made_from"]["engine ort"] = "0" * 64
+    (run / html_report.REPORT).write_text(json.dumps(page))
+    assert html_report.is_stale(run)
