@@ -54,13 +54,16 @@ def audit(engine: Artifact) -> list[AuditRow]:
             f"{engine.path}: is of an earlier version, which did not say what its graph multiplies",
             fix="lower and build it again",
         )
-    return rows_of(read_plan(engine), graph, backends.load(engine.info["backend"]))
+    return rows_of(read_plan(engine), graph, backends.load(engine.info["backend"]), engine.info["decode"])
 
 
-def rows_of(plan: Sequence[PlanRow], graph: Json, backend: Any) -> list[AuditRow]:
-    """Audits a plan against its graph's manifest; `backend` says what a row multiplies in, and why it may."""
+def rows_of(plan: Sequence[PlanRow], graph: Json, backend: Any, decode: str | None = None) -> list[AuditRow]:
+    """Audits a plan against its graph's manifest; `backend` says what a row multiplies in, and why it may.
+
+    `decode` is how codebooks were asked to be decoded: by "load" they are dense in an opened engine, on purpose.
+    """
     book = _Book(plan, graph["multiplications"], backend)
-    return [_row(entry, book, graph, backend) for entry in graph["multiplications"]]
+    return [_row(entry, book, graph, backend, decode) for entry in graph["multiplications"]]
 
 
 class _Book:
@@ -120,7 +123,7 @@ class _Book:
         return [node for node in nodes if node in self.nodes]
 
 
-def _row(entry: Json, book: _Book, graph: Json, backend: Any) -> AuditRow:
+def _row(entry: Json, book: _Book, graph: Json, backend: Any, decode: str | None) -> AuditRow:
     kernels = book.kernels(entry)
     decoders = book.decoders(entry, kernels)
     asked = _asked(entry, graph)
@@ -129,6 +132,12 @@ def _row(entry: Json, book: _Book, graph: Json, backend: Any) -> AuditRow:
     in_float = got["activation"] in FLOATS
     unquantized = asked["activation"] not in FLOATS and (None in entry["quantizers"] or (in_float and not apart))
     status, reason = _judged(entry, asked, got, graph, backend)
+    if decode == "load" and status == OTHER and any("Codebook" in node for node in entry["decoders"]):
+        dense = asked | {"weight": got["weight"]}  # judged by what it multiplies alone
+        status, reason = _judged(entry, dense, got, graph, backend)
+        status, reason = (
+            (EXPLAINED, "decoded when opened, by --decode load") if status == AS_ASKED else (status, reason)
+        )
     if not kernels or unquantized:
         status, reason = OTHER, "nothing quantizes what it multiplies" if kernels else "no row of the plan names it"
     return AuditRow(
@@ -171,7 +180,7 @@ def _got(
     held = [kind for row in rows for kind in row.constant_types]
     if any(_serves(asked["weight"], kind) for kind in held):
         return {"weight": asked["weight"], "activation": activation}
-    narrow = [as_signed(kind) for kind in held if BITS[kind] <= 8 and kind != "bool"]
+    narrow = [as_signed(kind) for kind in held if BITS.get(kind, 64) <= 8 and kind != "bool"]
     return {"weight": next(iter(narrow or held), dtype), "activation": activation}
 
 

@@ -119,8 +119,12 @@ def parameters_on_meta() -> Iterator[None]:
 def _config_errors(folder: Path) -> Iterator[None]:
     try:
         yield
+    # what diffusers and torch raise for values that they cannot build with
     except (TypeError, ValueError, ZeroDivisionError, NotImplementedError) as error:
-        raise UserError(f"{folder / 'config.json'}: no model can be built from it ({error})", fix="mend it") from error
+        raise UserError(
+            f"{folder / 'config.json'}: no model can be built from it ({error})",
+            fix="compare its numbers and names with a config that diffusers saved for this class",
+        ) from error
 
 
 INDEX = "model_index.json"  # of a pipeline

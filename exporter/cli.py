@@ -76,15 +76,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Calibrate, quantize, lower, build and validate MODEL. Resumes where it was stopped."""
-    from engines.backends import load
-    from exporter.lower import check_dtype
-
-    _check_model(model)
-    _check_recipe(recipe)
-    for name in backends:
-        load(name)
-    if dtype is not None:
-        check_dtype(dtype)
+    _check_asked(model, recipe, backends, dtype)
     asked = _prompts(prompts)
     from exporter import run as runs
     from exporter import thresholds
@@ -121,15 +113,7 @@ def preflight(
     as_json: bool,
 ) -> None:
     """Say in seconds whether a run of MODEL can work, and what it will weigh and take."""
-    from engines.backends import load
-    from exporter.lower import check_dtype
-
-    _check_model(model)
-    _check_recipe(recipe)
-    for name in backends:
-        load(name)
-    if dtype is not None:
-        check_dtype(dtype)
+    _check_asked(model, recipe, backends, dtype)
     from exporter import preflight as stage
 
     found = stage.planned(_checkpoint(model, steps, 0), _recipe(recipe))
@@ -406,6 +390,19 @@ def _checkpoint(model: str, steps: int | None, seed: int) -> Any:
     for note in opened.notes:
         progress.note(f"note: {note}")
     return opened
+
+
+def _check_asked(model: str, recipe: str, backends: Iterable[str], dtype: str | None) -> None:
+    """Refuses names that nobody knows at once, before torch is imported."""
+    from engines.backends import load
+    from exporter.lower import check_dtype
+
+    _check_model(model)
+    _check_recipe(recipe)
+    for name in backends:
+        load(name)
+    if dtype is not None:
+        check_dtype(dtype)
 
 
 def _check_model(model: str) -> None:

@@ -40,6 +40,7 @@ def scheduler_for(checkpoint: Checkpoint) -> Any:
         raise unknown("scheduler", name, known, str(checkpoint.root))
     try:
         scheduler = getattr(diffusers, name).from_config(checkpoint.scheduler)
+    # NotImplementedError: diffusers raises it for a setting that a scheduler does not have
     except (TypeError, ValueError, KeyError, NotImplementedError) as error:
         raise UserError(
             f"{checkpoint.root}: {name} refuses its config ({error})", fix="mend the scheduler's config"

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tampering import folded, remade, scaled, without_quantizer
 
-from engines.audit import AS_ASKED, EXPLAINED, OTHER, audit
+from engines import backends
+from engines.audit import AS_ASKED, EXPLAINED, OTHER, audit, rows_of
 from engines.build import build
 from engines.errors import UserError
+from engines.plans import read_plan
 from exporter import quantized, recipe, taps
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
@@ -109,10 +111,15 @@ def test_a_codebook_folded_to_a_dense_weight_is_refused_with_its_layer(run_of, t
     run = run_of("codebook")
     weight = quantized.quantized_layers(quantized.load(run.quantized))[LAYER].weight_tensor.dequantize()
     dense = remade(run.graphs["fp32"], tmp_path / "graph", folded(LAYER, weight.numpy()))
-    (row,) = [row for row in audit(build(dense, "ort", tmp_path / "ort", decode="load")) if row.layer == LAYER]
+    engine = build(dense, "ort", tmp_path / "ort", decode="load")
+    found = rows_of(read_plan(engine), engine.info["graph"], backends.load("ort"))  # as if nobody had asked for that
+    (row,) = [row for row in found if row.layer == LAYER]
     assert (row.status, row.asked["weight"], row.got["weight"]) == (OTHER, "int4", "fp32")
     with pytest.raises(UserError, match=f"expanded, most of all '{LAYER}'"):
         build(dense, "ort", tmp_path / "checked")
+    asked = audit(build(run.graphs["fp32"], "ort", tmp_path / "load", decode="load"))
+    assert {row.reason for row in asked if row.status != AS_ASKED} == {"decoded when opened, by --decode load"}
+    assert not [row for row in asked if row.status == OTHER]
 
 
 def test_fp16_overflow_in_one_layer_is_named_with_its_step(tiny_folder, tmp_path):
