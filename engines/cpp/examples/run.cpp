@@ -16,7 +16,8 @@ namespace {
 const char* const USAGE =
     "usage: export-engine-run BUNDLE [--engine NAME] [--backend ort|trt] [--device cpu|cuda|tensorrt] [--threads N]\n"
     "  --self-test          compare the recorded calls, and print each\n"
-    "  --out FILE           write what the recorded calls give, as <step>/output, to a safetensors file\n"
+    "  --out FILE           write what the first rows of the recorded calls give, as many as the engine likes best at\n"
+    "                       once, as <step>/output to a safetensors file\n"
     "  --sample             draw the recorded picture's samples too: picture/latent\n"
     "  --draw               draw whole pictures too, from the recorded tokens: picture/picture\n"
     "  --step N             the recorded call that --bench repeats (default: the first)\n"
@@ -83,6 +84,13 @@ const ee::Array& golden(const ee::Arrays& arrays, const std::string& name) {
   return found->second;
 }
 
+// Returns the first rows of a recorded call, as many as the engine likes best at once.
+ee::Feeds recorded(const ee::Bundle& bundle, const ee::Arrays& arrays, std::int64_t step) {
+  ee::Feeds feeds = under(arrays, std::to_string(step) + "/feeds/");
+  for (auto& [name, tensor] : feeds) tensor.shape[0] = std::min(tensor.shape[0], bundle.info().axes.at("batch").opt);
+  return feeds;
+}
+
 bool self_test(const ee::Engine& engine) {
   const ee::SelfTest test = taken(engine.self_test());
   for (const ee::GoldenRow& row : test.rows)
@@ -102,7 +110,8 @@ void bench(const ee::Engine& engine, const ee::Feeds& feeds, long calls) {
     if (!status.ok()) fail(status.text());
     if (i >= 0) ms.push_back(took.count());
   }
-  std::printf("{\"engine\": \"%s\", \"threads\": 0, \"ms\": [", engine.info().name.c_str());
+  std::printf("{\"engine\": \"%s\", \"rows\": %lld, \"ms\": [", engine.info().name.c_str(),
+              static_cast<long long>(feeds.begin()->second.shape[0]));
   for (std::size_t i = 0; i < ms.size(); ++i) std::printf("%s%.6f", i ? ", " : "", ms[i]);
   std::printf("]}\n");
 }
@@ -134,13 +143,12 @@ int main(int argc, char** argv) {
   if (arguments.self_test && !self_test(engine)) return 3;
   if (arguments.bench) {
     const auto step = arguments.step < 0 ? steps[0] : static_cast<std::int64_t>(arguments.step);
-    bench(engine, under(arrays, std::to_string(step) + "/feeds/"), arguments.bench);
+    bench(engine, recorded(bundle, arrays, step), arguments.bench);
   }
   ee::Arrays outputs;
   if (!arguments.out.empty())
     for (const std::int64_t step : steps)
-      outputs.emplace(std::to_string(step) + "/output",
-                      taken(engine.run(under(arrays, std::to_string(step) + "/feeds/"))));
+      outputs.emplace(std::to_string(step) + "/output", taken(engine.run(recorded(bundle, arrays, step))));
   if (arguments.sample) outputs.emplace("picture/latent", sampled(engine, arrays));
   if (arguments.draw) outputs.emplace("picture/picture", drawn(bundle, arguments.engine, arrays));
   if (!arguments.out.empty() && !write_safetensors(arguments.out, outputs)) fail(arguments.out + ": cannot be written");

@@ -64,6 +64,7 @@ SessionInfo session_of(const Cursor& cursor) {
   for (const Cursor& name : cursor["disabled_optimizers"].items()) session.disabled_optimizers.push_back(name.text());
   session.config = texts_of(cursor["config"]);
   session.config_if_sums_saturate = texts_of(cursor["config_if_sums_saturate"]);
+  session.config_if_shared = texts_of(cursor["config_if_shared"]);
   session.codebook_ops = cursor["codebook_ops"].boolean();
   return session;
 }

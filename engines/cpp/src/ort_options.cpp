@@ -35,10 +35,14 @@ void set(OrtSessionOptions* options, const char* key, const std::string& value) 
   check(ort().AddSessionConfigEntry(options, key, value.c_str()), std::string("ONNX Runtime refuses ") + key, REPORT);
 }
 
-void set_graph_options(OrtSessionOptions* options, const SessionInfo& info) {
-  for (const auto& [key, value] : info.config) set(options, key.c_str(), value);
-  if (sums_saturate())
-    for (const auto& [key, value] : info.config_if_sums_saturate) set(options, key.c_str(), value);
+void set_all(OrtSessionOptions* options, const std::map<std::string, std::string>& config) {
+  for (const auto& [key, value] : config) set(options, key.c_str(), value);
+}
+
+void set_graph_options(OrtSessionOptions* options, const SessionInfo& info, bool shared) {
+  set_all(options, info.config);
+  if (shared) set_all(options, info.config_if_shared);
+  if (sums_saturate()) set_all(options, info.config_if_sums_saturate);
   const auto itself = [](const std::string& name) { return name; };
   if (!info.disabled_optimizers.empty())
     set(options, kOrtSessionOptionsDisableSpecifiedOptimizers, joined(info.disabled_optimizers, itself, ";"));
@@ -84,14 +88,15 @@ void add_device(OrtSessionOptions* options, const EngineOptions& asked) {
 }  // namespace
 
 Owned<OrtSessionOptions> ort_options(const SessionRequest& request) {
+  ort_env();  // before all else: options log to it
   auto made = make<OrtSessionOptions>(ort().CreateSessionOptions, "ONNX Runtime", REPORT);
   OrtSessionOptions* options = made.get();
   const int threads = request.options.threads;
   check(ort().SetSessionLogSeverityLevel(options, ORT_LOGGING_LEVEL_ERROR), "ONNX Runtime", REPORT);
   check(ort().SetIntraOpNumThreads(options, threads), "threads: " + std::to_string(threads), "ask for 0 or more");
-  // Threads that spin while they wait keep those of the application from running.
+  // With all cores: threads that spin while they wait keep those of the application from running.
   if (threads == 0) set(options, kOrtSessionOptionsConfigAllowIntraOpSpinning, "0");
-  if (request.info) set_graph_options(options, *request.info);
+  if (request.info) set_graph_options(options, *request.info, threads == 0);
   if (request.codebook_ops) check(RegisterCustomOps(options, OrtGetApiBase()), "the codebook ops", REPORT);
   add_device(options, request.options);
   return made;

@@ -77,6 +77,7 @@ class Batch {
     feeds_[info.latent] = latent_.view();
     feeds_[STEP] = step_.view();
     add_timestep();
+    set_step(0);
     output_ = Array(DType::fp32, taken(engine.output_shape(feeds_)));
     if (output_.count() % latent_.count() || output_.shape()[0] != latent_.shape()[0])
       refuse("sampling: an output of " + text_of(output_.shape()) + " for latents of " + text_of(latent_.shape()),
@@ -87,8 +88,7 @@ class Batch {
     const PortableStep& step = info_.portable->steps[static_cast<std::size_t>(at)];
     for (std::int64_t copy = 0; copy < copies_; ++copy)
       for (std::int64_t i = 0; i < own_; ++i) latent_.floats()[copy * own_ + i] = step.scale_input * x_.floats()[i];
-    std::fill_n(step_.integers(), step_.count(), at);
-    set_timestep(info_.timesteps[static_cast<std::size_t>(at)]);
+    set_step(at);
     const Status ran = engine_.run(feeds_, output_.floats(), output_.count());
     if (!ran.ok()) throw Fault(ran.code(), ran.message(), ran.fix());
     const std::int64_t each = own_ / x_.shape()[0], apart = output_.count() / output_.shape()[0];
@@ -114,7 +114,9 @@ class Batch {
       }
   }
 
-  void set_timestep(double value) {
+  void set_step(std::int64_t at) {
+    const double value = info_.timesteps[static_cast<std::size_t>(at)];
+    std::fill_n(step_.integers(), step_.count(), at);
     if (timestep_.dtype() == DType::int64)
       std::fill_n(timestep_.integers(), timestep_.count(), static_cast<std::int64_t>(value));
     else

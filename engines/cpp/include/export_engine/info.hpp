@@ -28,7 +28,7 @@ struct Port {
 // Options under which ONNX Runtime computes what the graph says.
 struct SessionInfo {
   std::vector<std::string> disabled_optimizers;
-  std::map<std::string, std::string> config, config_if_sums_saturate;
+  std::map<std::string, std::string> config, config_if_sums_saturate, config_if_shared;
   bool codebook_ops = false;
 };
 
