@@ -66,7 +66,7 @@ SHAPE: Json = {
     "golden": {
         "steps": Each(int, list),
         "limits_db": Each(Each(NUMBER, dict), dict),
-        "picture": Maybe({"runner": str, "count": int, "limit_db": NUMBER, "peak": NUMBER}),
+        "picture": Maybe({"runner": str, "count": int, "limits_db": Each(NUMBER, dict), "peak": NUMBER}),
     },
     "pipeline": Maybe(dict),
     "checks": Each(dict, list),
@@ -231,7 +231,14 @@ def _unpack(path: Path, folder: Path) -> None:
                 with archive.open(entry) as source, target.open("xb") as written:
                     shutil.copyfileobj(source, written, CHUNK)
     # NotImplementedError: of features of zips that we do not write; the OSErrors: a name that is a file and a folder
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, FileExistsError, NotADirectoryError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        ValueError,
+        FileExistsError,
+        NotADirectoryError,
+    ) as error:
         raise UserError(f"{path}: no zip that can be read ({error})", fix="get it, or make it, again") from error
 
 

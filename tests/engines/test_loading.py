@@ -68,7 +68,11 @@ def test_dlpack_feeds_tell_the_step_too(tmp_path, step_input):
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"step": np.array([0, 3])}, "step 3"), ({"step": None}, "input 'step' is missing"), ({"timestep": np.array([900, 500])}, "500")],
+    [
+        ({"step": np.array([0, 3])}, "step 3"),
+        ({"step": None}, "input 'step' is missing"),
+        ({"timestep": np.array([900, 500])}, "500"),
+    ],
 )
 def test_a_step_of_another_schedule_is_refused(tmp_path, change, told):
     engine = engines.load(bundles.tiny_bundle(tmp_path / "tiny", step_input="index"))
