@@ -15,7 +15,7 @@ namespace {
 
 const char* const USAGE =
     "usage: export-engine-run BUNDLE [--engine NAME] [--backend ort|trt] [--device cpu|cuda|tensorrt] [--threads N]\n"
-    "  --self-test          compare the recorded calls, and print each\n"
+    "  --self-test          compare the recorded calls and samples, and print each\n"
     "  --out FILE           write what the first rows of the recorded calls give, as many as the engine likes best at\n"
     "                       once, as <step>/output to a safetensors file\n"
     "  --sample             draw the recorded picture's samples too: picture/latent\n"
@@ -94,8 +94,8 @@ ee::Feeds recorded(const ee::Bundle& bundle, const ee::Arrays& arrays, std::int6
 bool self_test(const ee::Engine& engine) {
   const ee::SelfTest test = taken(engine.self_test());
   for (const ee::GoldenRow& row : test.rows)
-    std::printf("%s: step %lld: SQNR %.1f dB, at least %.1f: %s\n", engine.info().name.c_str(),
-                static_cast<long long>(row.step), row.sqnr_db, row.limit_db, row.passed ? "passed" : "FAILED");
+    std::printf("%s: %s: %.1f dB, at least %.1f: %s\n", engine.info().name.c_str(), row.what.c_str(), row.value_db,
+                row.limit_db, row.passed ? "passed" : "FAILED");
   return test.passed();
 }
 

@@ -93,7 +93,7 @@ const std::string& Bundle::manifest() const noexcept { return impl_->text; }
 
 Result<Arrays> Bundle::golden() const noexcept {
   return detail::guarded([&] {
-    const detail::File file(impl_->path("golden.safetensors"));
+    const detail::File file(impl_->path(detail::GOLDEN));
     return detail::parse_safetensors(file.all(detail::MOST_GOLDEN_BYTES), file.path());
   });
 }

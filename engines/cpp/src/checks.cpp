@@ -20,7 +20,6 @@ void check_type(const EngineInfo& engine, const Port& port, const Tensor& tensor
   if (tensor.shape.size() != port.shape.size())
     refuse(where + " has shape " + text_of(tensor.shape) + ", where " + text_of(port.shape) + " is wanted",
            port.means.empty() ? "feed that shape" : "feed " + port.means);
-  if (!tensor.data) refuse(where + " has no data", "point it to " + std::to_string(tensor.count()) + " elements");
 }
 
 std::string range_of(const Axis& axis) {
@@ -67,6 +66,9 @@ Sizes check_feeds(const Info& info, const EngineInfo& engine, const Feeds& feeds
              port.means.empty() ? "feed it too" : "feed " + port.means);
     check_type(engine, port, found->second);
     check_shape(info, engine, port, found->second, sizes);
+    if (!found->second.data)
+      refuse(engine.name + ": '" + port.name + "' has no data",
+             "point it to " + std::to_string(found->second.count()) + " elements");
     ++known;
   }
   if (known == feeds.size()) return sizes;

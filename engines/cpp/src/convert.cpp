@@ -19,13 +19,10 @@ Tensor Converted::to(const Tensor& tensor, DType dtype, const std::string& name)
   return made.view();
 }
 
-Array as_floats(Array array) {
-  if (array.dtype() == DType::fp32) return array;
+Array widened(Array array) {
+  if (array.dtype() != DType::fp16) return array;
   Array floats(DType::fp32, array.shape());
-  if (array.dtype() == DType::fp16)
-    to_float(static_cast<const std::uint16_t*>(array.data()), floats.floats(), floats.count());
-  else
-    for (std::int64_t i = 0; i < array.count(); ++i) floats.floats()[i] = static_cast<float>(array.integers()[i]);
+  to_float(static_cast<const std::uint16_t*>(array.data()), floats.floats(), floats.count());
   return floats;
 }
 

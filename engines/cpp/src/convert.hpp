@@ -16,8 +16,8 @@ class Converted {
   std::deque<Array> made_;  // whose elements stay where they are
 };
 
-// Returns an array as fp32, itself where it is.
-Array as_floats(Array array);
+// Returns an fp16 array as fp32, and any other itself.
+Array widened(Array array);
 
 // Picks and converts a session's inputs out of named tensors.
 std::vector<Fed> fed(const Session& session, const Feeds& feeds, Converted& converted);

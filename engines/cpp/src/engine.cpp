@@ -78,8 +78,8 @@ void check_session(const Session& session, const Info& info, const EngineInfo& e
 
 DType output_of(const Session& session, const Info& info, const EngineInfo& engine) {
   for (const TypedName& output : session.outputs())
-    if (output.name == info.output.name) return output.dtype;
-  damaged(engine.name + ": its graph has no output '" + info.output.name + "'");
+    if (output.name == info.output.name && output.dtype != DType::int64) return output.dtype;
+  damaged(engine.name + ": its graph has no floating-point output '" + info.output.name + "'");
 }
 
 std::shared_ptr<const Engine::Impl> open(const Bundle& bundle, const EngineOptions& options) {
@@ -110,7 +110,7 @@ void Engine::Impl::run(const Feeds& feeds, float* into, const Shape& shape) cons
   if (output == DType::fp32) return session->run(fed, name, {output, shape, into});
   Array own(output, shape);
   session->run(fed, name, {output, shape, own.data()});
-  const Array floats = detail::as_floats(std::move(own));
+  const Array floats = detail::widened(std::move(own));
   std::copy(floats.floats(), floats.floats() + floats.count(), into);
 }
 

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "engine_impl.hpp"
+#include "export_engine/sampler.hpp"
 #include "fault.hpp"
 #include "rows.hpp"
 
@@ -63,7 +64,19 @@ GoldenRow tested(const Engine::Impl& engine, const Arrays& arrays, std::int64_t 
     ratio.add(static_cast<const float*>(wanted.data), found.floats(), found.count());
   }
   const double limit = limit_of(engine.bundle.info().golden, engine.info->dtype, step);
-  return {step, ratio.db(), limit, ratio.db() >= limit};
+  return {"step " + std::to_string(step), ratio.db(), limit, ratio.db() >= limit};
+}
+
+GoldenRow drawn(const Engine& engine, const Arrays& arrays, const PictureInfo& picture) {
+  const auto noise = arrays.find("picture/noise"), latent = arrays.find("picture/latent");
+  const auto limit = picture.limits_db.find(engine.info().dtype);
+  if (noise == arrays.end() || latent == arrays.end()) damaged("golden.safetensors: lacks picture/noise or picture/latent");
+  if (limit == picture.limits_db.end()) damaged("manifest.json: golden.picture.limits_db lacks '" + engine.info().dtype + "'");
+  const Array found = taken(taken(Sampler::open(engine))
+                                .sample(noise->second.view(), under(arrays, "picture/wanted/"),
+                                        under(arrays, "picture/unwanted/")));
+  const double psnr = psnr_db(latent->second.view(), found.view(), picture.peak);
+  return {std::to_string(picture.count) + " samples", psnr, limit->second, psnr >= limit->second};
 }
 
 }  // namespace
@@ -75,6 +88,9 @@ Result<SelfTest> Engine::self_test() const noexcept {
     SelfTest test;
     for (const std::int64_t step : impl_->bundle.info().golden.steps)
       test.rows.push_back(detail::tested(*impl_, arrays, step));
+    const Info& info = impl_->bundle.info();
+    if (info.golden.picture && info.sampler && info.sampler->portable)
+      test.rows.push_back(detail::drawn(*this, arrays, *info.golden.picture));
     return test;
   });
 }

@@ -126,14 +126,17 @@ SamplerInfo sampler_of(const Cursor& cursor) {
   if (!cursor["portable"].null()) sampler.portable = portable_of(cursor["portable"]);
   if (cursor.has("why_not_portable")) sampler.why_not_portable = cursor["why_not_portable"].text_or("");
   if (sampler.shape.empty()) latent["shape"].refuse("the shape of a latent");
+  if (static_cast<std::int64_t>(sampler.timesteps.size()) != sampler.steps)
+    cursor["timesteps"].refuse("as many as its steps");
   if (sampler.portable && sampler.portable->steps.size() != sampler.timesteps.size())
     cursor["portable"]["steps"].refuse("as long as the timesteps");
   return sampler;
 }
 
 PictureInfo picture_of(const Cursor& cursor) {
-  return {cursor["runner"].text(), cursor["count"].integer(1, LARGEST), cursor["limit_db"].number(),
-          cursor["peak"].number()};
+  PictureInfo picture{cursor["runner"].text(), cursor["count"].integer(1, LARGEST), {}, cursor["peak"].number()};
+  for (const auto& [dtype, limit] : cursor["limits_db"].members()) picture.limits_db[dtype] = limit.number();
+  return picture;
 }
 
 std::int64_t step_number(const std::string& text, const Cursor& cursor) {

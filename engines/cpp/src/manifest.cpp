@@ -55,6 +55,7 @@ void check_listed(const Manifest& manifest, const std::string& name, const std::
 }
 
 void check_files_named(const Manifest& manifest, const std::string& where) {
+  check_listed(manifest, GOLDEN, where);
   for (const auto& [name, engine] : manifest.info.engines)
     check_listed(manifest, engine.folder + "/" + engine.file, where);
   if (!manifest.info.pipeline) return;

@@ -13,6 +13,7 @@ namespace export_engine::detail {
 constexpr std::int64_t FORMAT_VERSION = 1;
 constexpr std::uint64_t MOST_MANIFEST_BYTES = std::uint64_t{64} << 20;
 inline const char* const MANIFEST = "manifest.json";
+inline const char* const GOLDEN = "golden.safetensors";
 
 struct Listed {
   std::uint64_t bytes;

@@ -88,12 +88,13 @@ void add_device(OrtSessionOptions* options, const EngineOptions& asked) {
 }  // namespace
 
 Owned<OrtSessionOptions> ort_options(const SessionRequest& request) {
+  const int threads = request.options.threads;
+  if (threads < 0) throw Fault(Code::invalid_argument, "threads: " + std::to_string(threads), "ask for 0 or more");
   ort_env();  // before all else: options log to it
   auto made = make<OrtSessionOptions>(ort().CreateSessionOptions, "ONNX Runtime", REPORT);
   OrtSessionOptions* options = made.get();
-  const int threads = request.options.threads;
   check(ort().SetSessionLogSeverityLevel(options, ORT_LOGGING_LEVEL_ERROR), "ONNX Runtime", REPORT);
-  check(ort().SetIntraOpNumThreads(options, threads), "threads: " + std::to_string(threads), "ask for 0 or more");
+  check(ort().SetIntraOpNumThreads(options, threads), "ONNX Runtime", REPORT);
   // With all cores: threads that spin while they wait keep those of the application from running.
   if (threads == 0) set(options, kOrtSessionOptionsConfigAllowIntraOpSpinning, "0");
   if (request.info) set_graph_options(options, *request.info, threads == 0);

@@ -49,7 +49,7 @@ std::shared_ptr<const Pipeline::Impl> opened(const Bundle& bundle, const EngineO
 
 Array run_one(const Session& session, const std::string& input, const Tensor& tensor, const std::string& output) {
   Converted converted;
-  return as_floats(std::move(session.run(fed(session, {{input, tensor}}, converted), {output})[0]));
+  return widened(std::move(session.run(fed(session, {{input, tensor}}, converted), {output})[0]));
 }
 
 // Adds the text encoder's arrays to the feeds that the caller gave.
@@ -75,7 +75,7 @@ Arrays Pipeline::Impl::encode(const Tensor& tokens) const {
   detail::Converted converted;
   auto found = text->run(detail::fed(*text, {{info->text->input, tokens}}, converted), names);
   for (std::size_t i = 0; i < names.size(); ++i)
-    arrays.emplace(info->text->outputs.at(names[i]), detail::as_floats(std::move(found[i])));
+    arrays.emplace(info->text->outputs.at(names[i]), detail::widened(std::move(found[i])));
   return arrays;
 }
 
@@ -108,7 +108,7 @@ Array Pipeline::Impl::decode(Array latents) const {
     const Array one =
         detail::run_one(*vae, info->vae->input, detail::rows_of(latents.view(), i, i + 1), info->vae->output);
     Shape shape = one.shape();
-    if (shape.empty() || shape[0] != 1) detail::damaged("the decoder gives " + detail::text_of(shape) + " for one latent");
+    if (one.dtype() != DType::fp32 || shape.empty() || shape[0] != 1) detail::damaged("the decoder gives " + detail::text_of(shape) + " for one latent");
     shape[0] = count;
     if (i == 0) pictures = Array(DType::fp32, shape);
     if (pictures.shape() != shape) detail::damaged("the decoder gives pictures of several sizes");

@@ -17,10 +17,10 @@ struct EngineOptions {
   int threads = 0;             // of ONNX Runtime; 0: all cores, and waiting threads sleep
 };
 
-// How an engine did on one recorded call.
+// How an engine did on one recorded call, or on the recorded samples.
 struct GoldenRow {
-  std::int64_t step;
-  double sqnr_db, limit_db;
+  std::string what;
+  double value_db, limit_db;
   bool passed;
 };
 
@@ -48,7 +48,7 @@ class EXPORT_ENGINE_API Engine {
   // Returns the shape that the output has for these feeds.
   Result<Shape> output_shape(const Feeds& feeds) const noexcept;
 
-  // Runs the bundle's golden feeds and compares with what they gave when the bundle was made.
+  // Runs the bundle's golden feeds, draws its samples, and compares with what was recorded when it was made.
   Result<SelfTest> self_test() const noexcept;
 
   const EngineInfo& info() const noexcept;

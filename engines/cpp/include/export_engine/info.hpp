@@ -67,7 +67,8 @@ struct SamplerInfo {
 struct PictureInfo {
   std::string runner;
   std::int64_t count = 0;
-  double limit_db = 0, peak = 1;
+  std::map<std::string, double> limits_db;  // by float type
+  double peak = 1;
 };
 
 struct GoldenInfo {
