@@ -9,6 +9,7 @@ import stat
 import zipfile
 
 import bundles
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 from safetensors.numpy import save
@@ -83,27 +84,44 @@ def decoder():
     )
 
 
+def codebook_bundle(folder):
+    """Writes a bundle of one layer of 2-bit weights, as an engine holds it."""
+    from bench_codebook_kernel import layer_graph, random_weight
+
+    from engines.backends import _codebooks
+    from exporter.formats.codebook import Format
+
+    outputs, inputs, rows = 37, 64, 7
+    codes, table, _ = random_weight(outputs, inputs, Format(4, 256))
+    graph = folder.with_suffix(".onnx")
+    onnx.save(layer_graph(codes, table), graph)
+    x = np.random.default_rng(0).standard_normal((rows, inputs), dtype=np.float32)
+
+    def one_layer(info):
+        info["inputs"] = [{"name": "x", "dtype": "float", "shape": ["batch", inputs], "means": "anything"}]
+        info["output"] = {"name": "y_0", "dtype": "float", "shape": ["batch", outputs]}
+        info["axes"] = {"batch": {"min": 1, "opt": rows, "max": rows, "multiple": 1}}
+        info["sampler"]["latent"]["input"] = "x"
+        info["engines"]["ort"]["session"]["codebook_ops"] = True
+        info["golden"] = {"steps": [0], "limits_db": {"fp32": {"0": 0.0}}, "picture": None}
+
+    golden = save({"0/feeds/x": x, "0/expected": np.zeros((rows, outputs), np.float32)})
+    files = {MODEL: _codebooks.rewrite(graph, "run").SerializeToString(), GOLDEN: golden}
+    return bundles.tiny_bundle(folder, edit=one_layer, files=files)
+
+
 def bad(root):
-    """Writes bundles and what is none, each as a folder or zip of its name; returns what is to be said of each."""
-    said = {"missing": "cannot be opened"}
-    for name, (change, told) in CHANGED.items():
-        bundles.tiny_bundle(root / name)
-        change(root / name)
-        said[name] = told
-    for name, (change, told) in RESIGNED.items():
+    """Writes what must be refused, bundles and what is none; returns the names, which are those of TOLD."""
+    for name, (change, _) in CHANGED.items():
+        change(bundles.tiny_bundle(root / name))
+    for name, (change, _) in RESIGNED.items():
         resign(bundles.tiny_bundle(root / name), change)
-        said[name] = told
-    for name, (entries, told) in ZIPPED.items():
+    for name, (entries, _) in ZIPPED.items():
         zipped(root / name, entries)
-        said[name] = told
-    bundles.tiny_bundle(root / "whole")
-    pack(root / "whole", root / "cut.zip")
+    pack(bundles.tiny_bundle(root / "whole"), root / "cut.zip")
     (root / "cut.zip").write_bytes((root / "cut.zip").read_bytes()[:-1])
-    said["cut.zip"] = "no zip that `export-engine bundle` wrote"
-    files = {"engines/ort/model.onnx": outside()}
-    bundles.tiny_bundle(root / "outside", files=files)
-    said["outside"] = "'../../../../etc/passwd' leaves the folder"
-    return said
+    bundles.tiny_bundle(root / "outside", files={MODEL: outside()})
+    return TOLD
 
 
 def outside():
@@ -163,8 +181,8 @@ CHANGED = {
     "longer": (lambda folder: (folder / GOLDEN).open("ab").write(b"\0"), "bytes, its manifest says"),
     "link": (_link, "is a link"),
     "pipe": (lambda folder: os.mkfifo(folder / "pipe"), "no regular file"),
-    "no_manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: cannot be opened"),
-    "no_json": (lambda folder: (folder / "manifest.json").write_bytes(b"{"), "not valid JSON, at byte 1"),
+    "no_manifest": (lambda folder: (folder / "manifest.json").unlink(), "no_manifest: not a bundle (no manifest.json)"),
+    "no_json": (lambda folder: (folder / "manifest.json").write_bytes(b"{"), "not valid JSON, at byte 2"),
 }
 RESIGNED = {
     "newer": (_info(format_version=FORMAT_VERSION + 1), f"format version {FORMAT_VERSION + 1}; this library reads"),
@@ -178,7 +196,7 @@ RESIGNED = {
     "fewer_timesteps": (lambda m: m["info"]["sampler"].update(timesteps=[1.0]), "not as many as its steps"),
     "step_input": (_engine(step_input="row"), "lists no file 'engines/ort/step_table.npy'"),
     "inputs": (_info(inputs={}), "info.inputs: not a list"),
-    "huge": (lambda m: m["info"]["sampler"]["latent"].update(shape=[2**40]), "shape: not a"),
+    "huge": (lambda m: m["info"]["sampler"]["latent"].update(shape=[2**40]), "latent.shape[0]: not a whole number"),
 }
 MANIFEST = ("manifest.json", b"{}")
 ZIPPED = {
@@ -187,5 +205,11 @@ ZIPPED = {
     "link.zip": ([MANIFEST, (_entry("link", stat.S_IFLNK | 0o777), b"/etc/passwd")], "no plain file"),
     "folder.zip": ([MANIFEST, ("folder/", b"")], "'folder/' leaves the folder"),
     "packed.zip": ([MANIFEST, (_entry("zeros", packed=True), bytes(1 << 20))], "'zeros' is packed"),
-    "nothing.zip": ([MANIFEST], "lacks 'kind'"),
+    "nothing.zip": ([MANIFEST], "nothing.zip/manifest.json: lacks 'kind'"),
 }
+OTHERS = {
+    "missing": "missing: cannot be opened",
+    "cut.zip": "no zip that `export-engine bundle` wrote",
+    "outside": "'../../../../etc/passwd' leaves the folder",
+}
+TOLD = OTHERS | {name: told for group in (CHANGED, RESIGNED, ZIPPED) for name, (_, told) in group.items()}

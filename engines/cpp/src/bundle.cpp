@@ -16,37 +16,40 @@ namespace {
 
 constexpr std::uint64_t MOST_GOLDEN_BYTES = std::uint64_t{4} << 30;
 
-void check_names(const Manifest& manifest, const std::string& folder) {
+// In messages, `where` stands for the folder: what a zip was unpacked into says nothing to the caller.
+void check_names(const Manifest& manifest, const std::string& folder, const std::string& where) {
   const auto found = files_under(folder);
   for (const auto& [name, bytes] : found)
     if (name != MANIFEST && !manifest.files.count(name))
-      damaged(folder + ": holds '" + name + "', which its manifest does not list");
+      damaged(where + ": holds '" + name + "', which its manifest does not list");
   for (const auto& [name, listed] : manifest.files) {
     const auto file = found.find(name);
-    if (file == found.end()) damaged(folder + ": its file '" + name + "' is missing");
+    if (file == found.end()) damaged(where + ": its file '" + name + "' is missing");
     if (file->second != listed.bytes)
-      damaged(folder + "/" + name + ": " + std::to_string(file->second) + " bytes, its manifest says " +
+      damaged(where + "/" + name + ": " + std::to_string(file->second) + " bytes, its manifest says " +
               std::to_string(listed.bytes));
   }
 }
 
-void check_file(const std::string& path, const Listed& listed) {
+void check_file(const std::string& path, const Listed& listed, const std::string& where) {
   const File file(path);
   const std::string digest = file.bytes() == listed.bytes ? file.digest(0, listed.bytes) : "of another length";
   if (digest != listed.sha256)
-    damaged(path + ": sha256 " + digest.substr(0, 16) + "…, its manifest says " + listed.sha256.substr(0, 16) +
+    damaged(where + ": sha256 " + digest.substr(0, 16) + "…, its manifest says " + listed.sha256.substr(0, 16) +
             "…: changed after it was made");
 }
 
 // Hashes files on several threads, the largest first.
-void check_files(const Manifest& manifest, const std::string& folder, int threads) {
+void check_files(const Manifest& manifest, const std::string& folder, const std::string& where, int threads) {
   std::vector<const std::pair<const std::string, Listed>*> order;
   for (const auto& entry : manifest.files) order.push_back(&entry);
   std::sort(order.begin(), order.end(), [](auto* a, auto* b) { return a->second.bytes > b->second.bytes; });
   std::atomic<std::size_t> next{0};
   const auto work = [&] {
-    for (std::size_t i = next++; i < order.size(); i = next++)
-      check_file(folder + "/" + order[i]->first, order[i]->second);
+    for (std::size_t i = next++; i < order.size(); i = next++) {
+      const std::string name = "/" + order[i]->first;
+      check_file(folder + name, order[i]->second, where + name);
+    }
   };
   constexpr unsigned MOST_THREADS = 8;  // a disk feeds no more
   const unsigned wanted = threads > 0 ? static_cast<unsigned>(threads) : std::thread::hardware_concurrency();
@@ -57,19 +60,27 @@ void check_files(const Manifest& manifest, const std::string& folder, int thread
   for (std::future<void>& other : others) other.get();
 }
 
+std::string manifest_of(const std::string& folder, const std::string& where) {
+  const std::string path = folder + "/" + MANIFEST;
+  if (!exists(path))
+    throw Fault(Code::not_found, where + ": not a bundle (no " + MANIFEST + ")",
+                "give the folder or the zip that `export-engine bundle` wrote");
+  return File(path).all(MOST_MANIFEST_BYTES);
+}
+
 std::shared_ptr<const Bundle::Impl> open(const std::string& path, const BundleOptions& options) {
   auto bundle = std::make_shared<Bundle::Impl>();
   bundle->folder = path;
   if (!is_folder(path)) {
-    const File exists(path);  // before a folder is made for what it holds
+    const File zip(path);  // refused before a folder is made for what it holds
     bundle->unpacked = std::make_unique<TemporaryFolder>(options.temporary_folder);
     bundle->folder = bundle->unpacked->path();
     unpack(path, bundle->folder);
   }
-  bundle->text = File(bundle->folder + "/" + MANIFEST).all(MOST_MANIFEST_BYTES);
-  bundle->manifest = parse_manifest(bundle->text, bundle->folder + "/" + MANIFEST);
-  check_names(bundle->manifest, bundle->folder);
-  check_files(bundle->manifest, bundle->folder, options.threads);
+  bundle->text = manifest_of(bundle->folder, path);
+  bundle->manifest = parse_manifest(bundle->text, path + "/" + MANIFEST);
+  check_names(bundle->manifest, bundle->folder, path);
+  check_files(bundle->manifest, bundle->folder, path, options.threads);
   return bundle;
 }
 

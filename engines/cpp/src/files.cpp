@@ -103,6 +103,11 @@ bool is_folder(const std::string& path) {
   return fs::is_directory(path, ignored);
 }
 
+bool exists(const std::string& path) {
+  std::error_code ignored;
+  return fs::exists(path, ignored);
+}
+
 TemporaryFolder::TemporaryFolder(const std::string& parent) {
   const char* named = std::getenv("TMPDIR");
   const std::string place = !parent.empty() ? parent : named && *named ? named : "/tmp";
