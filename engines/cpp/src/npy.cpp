@@ -1,5 +1,5 @@
+#include <cstdio>
 #include <cstring>
-#include <regex>
 
 #include "arrays.hpp"
 #include "fault.hpp"
@@ -26,11 +26,12 @@ std::string header_of(std::string_view& bytes, const std::string& where) {
 
 Array parse_npy(std::string_view bytes, const std::string& where) {
   const std::string header = header_of(bytes, where);
-  static const std::regex FORM(
-      R"(\{'descr': '<f4', 'fortran_order': False, 'shape': \(([0-9]{1,9}), ([0-9]{1,9})\), \}[ \n]*)");
-  std::smatch sizes;
-  if (!std::regex_match(header, sizes, FORM)) damaged(where + ": not fp32 in rows, [steps, n]");
-  const Shape shape{std::stoll(sizes[1]), std::stoll(sizes[2])};
+  char steps[10], width[10];
+  int end = 0;
+  std::sscanf(header.c_str(), "{'descr': '<f4', 'fortran_order': False, 'shape': (%9[0-9], %9[0-9]), }%n", steps, width, &end);
+  if (!end || header.find_first_not_of(" \n", static_cast<std::size_t>(end)) != std::string::npos)
+    damaged(where + ": not fp32 in rows, [steps, n]");
+  const Shape shape{std::stoll(steps), std::stoll(width)};
   if (static_cast<std::uint64_t>(shape[0] * shape[1]) * sizeof(float) != bytes.size())
     damaged(where + ": " + std::to_string(bytes.size()) + " bytes do not fit its shape");
   Array array(DType::fp32, shape);
