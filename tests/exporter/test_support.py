@@ -6,6 +6,7 @@ import pytest
 
 from engines.backends import _tensorrt
 from engines.errors import UserError
+from engines.options import Options
 from exporter import recipe, support
 from exporter.checkpoint import open_checkpoint
 from exporter.plan import plan_layers
@@ -16,7 +17,7 @@ def refuse(model, name, gpu):
     checkpoint, asked = open_checkpoint(model), recipe.load(name)
     shapes = checkpoint.skeleton()
     plan = plan_layers(shapes, checkpoint.family, asked)
-    support.refuse(checkpoint, asked, shapes, plan, [Target("trt-rtx", gpu, "fp16", None)])
+    support.refuse(checkpoint, asked, shapes, plan, [Target("trt-rtx", gpu, "fp16", Options())])
 
 
 @pytest.mark.parametrize(
