@@ -90,7 +90,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Calibrate, quantize, lower, build and validate MODEL. Resumes where it was stopped."""
-    _check_asked(model, recipe, backends, dtype)
+    _check_asked(model, recipe, backends, dtype, gpu)
     options = _options(decode, refit, weight_streaming, timing_cache)
     asked = _prompts(prompts)
     from exporter import run as runs
@@ -128,7 +128,7 @@ def preflight(
     as_json: bool,
 ) -> None:
     """Say in seconds whether a run of MODEL can work, and what it will weigh and take."""
-    _check_asked(model, recipe, backends, dtype)
+    _check_asked(model, recipe, backends, dtype, gpu)
     from exporter import preflight as stage
 
     found = stage.planned(_checkpoint(model, steps, 0), _recipe(recipe))
@@ -420,15 +420,15 @@ def _checkpoint(model: str, steps: int | None, seed: int) -> Any:
     return opened
 
 
-def _check_asked(model: str, recipe: str, backends: Iterable[str], dtype: str | None) -> None:
-    """Refuses names that nobody knows at once, before torch is imported."""
+def _check_asked(model: str, recipe: str, backends: Iterable[str], dtype: str | None, gpu: str | None) -> None:
+    """Refuses names that nobody knows, and backends that cannot build here, at once: before torch is imported."""
     from engines.backends import load
     from exporter.lower import check_dtype
 
     _check_model(model)
     _check_recipe(recipe)
     for name in backends:
-        load(name)
+        load(name).resolve_gpu(gpu)
     if dtype is not None:
         check_dtype(dtype)
 
