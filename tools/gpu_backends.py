@@ -1,4 +1,4 @@
-"""The part of gpu_check that builds and runs engines as `export-engine` does, with every option of a TensorRT backend."""
+"""The part of gpu_check that builds and runs engines as `export-engine` does, with every option of a backend."""
 
 from __future__ import annotations
 
@@ -70,13 +70,10 @@ def check(name: str, made: Made, compared: Callable[[Any, Any], Part], guarded: 
         bench = Bench(name, Path(folder), compared)
         report: Part = {"gpu": bench.gpu, "versions": bench.backend.fingerprint()}
         report["graphs"] = {kind: guarded(engine, bench, *one) for kind, one in made.items()}
-        for option, part in {
-            "timing_cache": timing_cache,
-            "refit": refit,
-            "weight_streaming": weight_streaming,
-        }.items():
-            has = option in bench.backend.OPTIONS
-            report[option] = guarded(part, bench, *made[REFITTED]) if has else {"missing": f"{name} has no such option"}
+        for part in (timing_cache, refit, weight_streaming):
+            has = part.__name__ in bench.backend.OPTIONS
+            came = guarded(part, bench, *made[REFITTED]) if has else {"missing": f"{name} has no such option"}
+            report[part.__name__] = came
     return report
 
 
