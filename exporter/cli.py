@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def run(
 ) -> None:
     """Calibrate, quantize, lower, build and validate MODEL. Resumes where it was stopped."""
     _check_asked(model, recipe, backends, dtype, gpu)
-    options = _options(decode, refit, weight_streaming, timing_cache)
+    options = _options(backends, decode, refit, weight_streaming, timing_cache)
     asked = _prompts(prompts)
     from exporter import run as runs
     from exporter import thresholds
@@ -232,7 +232,7 @@ def build(
     from engines.build import build as stage
     from exporter import progress
 
-    options = backends.resolve(backend, _options(decode, refit, weight_streaming, timing_cache))
+    options = backends.resolve(backend, _options((backend,), decode, refit, weight_streaming, timing_cache))
     opened = open_artifact(graph, "graph")
     if note := backends.load(backend).note(opened.info, options):
         progress.note(f"note: {note}")
@@ -446,11 +446,16 @@ def _check_model(model: str) -> None:
         raise UserError(f"{error.what}, and no such folder", fix=f"{error.fix}; or give a diffusers folder")
 
 
-def _options(decode: str | None, refit: bool, weight_streaming: str | None, timing_cache: Path | None) -> Any:
+def _options(
+    backends: Sequence[str], decode: str | None, refit: bool, weight_streaming: str | None, timing_cache: Path | None
+) -> Any:
+    """Returns what was asked of builds; refuses what none of the backends has."""
+    from engines.backends import check_taken
     from engines.options import Options, budget
 
     cache = str(timing_cache.resolve()) if timing_cache else None
-    return Options(decode, refit, budget(weight_streaming), cache)
+    check_taken(backends, options := Options(decode, refit, budget(weight_streaming), cache))
+    return options
 
 
 def _prompts(path: Path | None) -> list[str] | None:

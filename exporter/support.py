@@ -57,9 +57,7 @@ def target_of(name: str, gpu: str | None, dtype: str | None, options: Options) -
 
 def targets_of(names: Sequence[str], gpu: str | None, dtype: str | None, options: Options) -> list[Target]:
     """Returns the engines that backends are asked for; an option that none of them has is refused."""
-    without = [backends.lacking(name, options) for name in names]
-    if any(all(option in lacking for lacking in without) for option in options.asked()):
-        backends.resolve(names[0], options)  # which refuses it
+    backends.check_taken(names, options)
     return [target_of(name, gpu, dtype, options) for name in dict.fromkeys(names)]
 
 

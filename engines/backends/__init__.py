@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
@@ -84,6 +84,13 @@ def resolve(name: str, options: Options) -> Options:
         have = " or ".join(other for other in names() if option in load(other).OPTIONS)
         raise UserError(f"{written}: {name} has no such option", fix=f"leave it out, or build for {have}")
     return replace(options, decode=options.decode or next(iter(module.DECODES), None))
+
+
+def check_taken(names: Sequence[str], options: Options) -> None:
+    """Refuses what was asked for and none of some backends has."""
+    for option in options.asked():
+        if all(option in lacking(name, options) for name in names):
+            resolve(names[0], options)  # which refuses it
 
 
 def lacking(name: str, options: Options) -> dict[str, str]:

@@ -19,6 +19,7 @@ from engines import gpu as gpus
 from engines.artifacts import Artifact, Json
 from engines.backends import _cuda
 from engines.backends._cuda import Cuda, CudaError
+from engines.backends._on_device import OnDevice, on_device
 from engines.backends._tensorrt import Logger, parsable, reasons
 from engines.backends._tensorrt_api import Library
 from engines.errors import UserError
@@ -53,20 +54,11 @@ class Port:
     axes: tuple[int | str, ...]
 
 
-@dataclass(frozen=True)
-class OnDevice:
-    """An array that lies on the GPU; its maker's stream is None where it is not told."""
-
-    address: int
-    shape: tuple[int, ...]
-    stream: int | None
-
-
 class TensorRtRunner:
     """Runs an engine; may be called by several threads at once.
 
-    Feeds are numpy arrays, or what tells its place on the GPU by `__cuda_array_interface__` (torch, CuPy): that is read
-    where it lies, and must be of the engine's own type. Each call under way has a lane of its own. With `cuda_graphs`,
+    Feeds are numpy arrays, or lie on the GPU (DLPack or the CUDA array interface, as of torch and CuPy): those are read
+    there, and must be of the engine's own type. Each call under way has a lane of its own. With `cuda_graphs`,
     the second and later calls at one shape replay what the first did; `no_graphs` says why they do not. `budget`: bytes
     of streamed weights to keep on the GPU, or `auto`, for an engine built for that.
     """
@@ -190,9 +182,16 @@ class TensorRtRunner:
             known = ", ".join(feeds) or "nothing"
             raise UserError(f"{self.name}: input {port.name!r} is missing among {known}", fix="feed it")
         value = feeds[port.name]
-        told = getattr(value, "__cuda_array_interface__", None)
-        array = _in_place(told, port) if told is not None else np.asarray(value)
-        if isinstance(array, np.ndarray) and not np.can_cast(array.dtype, port.dtype, "same_kind"):
+        if (lies := on_device(value)) is not None:
+            if lies.dtype != port.dtype or not lies.dense:
+                how = f"{lies.dtype or 'a type of its own'}{'' if lies.dense else ', with gaps'}"
+                raise UserError(
+                    f"{self.name}: input {port.name!r} lies on the GPU as {how}",
+                    fix=f"give it as {port.dtype}, contiguous: it is read where it lies",
+                )
+            return lies
+        array = np.asarray(value)
+        if not np.can_cast(array.dtype, port.dtype, "same_kind"):
             raise UserError(f"{self.name}: input {port.name!r} is {array.dtype}", fix=f"feed {port.dtype}")
         return array
 
@@ -215,23 +214,6 @@ class TensorRtRunner:
                 if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
                     raise UserError(f"{where}: {axis} is {sizes[axis]} in another input", fix="feed one size for both")
         return shapes
-
-
-def _in_place(told: Mapping[str, Any], port: Port) -> OnDevice:
-    """Returns where an array lies. Source: the CUDA array interface, version 3."""
-    shape = tuple(told["shape"])
-    dense = tuple(int(s) for s in np.empty(0, port.dtype).itemsize * _steps(shape))
-    if np.dtype(told["typestr"]) != port.dtype or tuple(told.get("strides") or dense) != dense:
-        raise UserError(
-            f"input {port.name!r} lies on the GPU as {np.dtype(told['typestr'])}, strides {told.get('strides')}",
-            fix=f"give it as {port.dtype}, contiguous: it is read where it lies",
-        )
-    return OnDevice(int(told["data"][0]), shape, told.get("stream"))
-
-
-def _steps(shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Returns a dense array's strides, in elements."""
-    return np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1][: len(shape)]
 
 
 class _Lane:

@@ -211,6 +211,61 @@ def test_an_array_on_the_gpu_is_read_where_it_lies(opened, runtime):
     assert np.array_equal(runner.run(feeds())["y"], expected(feeds()))  # from the host again
 
 
+class FromDlpack:
+    """A numpy array that says it lies on a GPU, as its capsule does not."""
+
+    def __init__(self, array, device=(2, 0)):
+        self.array, self.device, self.stream = array, device, None
+
+    def __dlpack_device__(self):
+        return self.device
+
+    def __dlpack__(self, *, stream):
+        self.stream = stream
+        return self.array.__dlpack__()
+
+
+def test_an_array_is_taken_by_dlpack_too_and_its_owner_is_not_let_go(opened, runtime):
+    runner, engine = opened()
+    given = feeds(rows=4)
+    whole = np.concatenate([np.zeros((2, 3)), given["x"]]).astype(np.float16)
+    part = whole[2:]
+    address, x = part.ctypes.data, FromDlpack(part)
+    before = len(runtime.calls)
+    assert np.array_equal(runner.run(given | {"x": x})["y"], expected(given))
+    assert engine.contexts[-1].addresses["x"] == address
+    assert x.stream == 1  # its maker has the default stream wait, and that is waited for
+    assert "cudaStreamSynchronize" in runtime.calls[before:][: runtime.calls[before:].index("cudaMemcpyAsync")]
+
+
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        (FromDlpack(np.zeros((2, 3), np.float32)), "lies on the GPU as float32"),
+        (FromDlpack(np.zeros((2, 6), np.float16)[:, ::2]), "float16, with gaps"),
+        (FromDlpack(np.zeros((2, 3), bool)), "a type of its own"),
+        (FromDlpack(np.zeros((2, 3), np.float16), (2, 1)), "lies on GPU 1"),
+        (FromDlpack(np.zeros((2, 5), np.float16)), "3 of 5"),
+    ],
+    ids=["type", "gaps", "no number", "another GPU", "shape"],
+)
+def test_an_array_by_dlpack_that_does_not_fit_is_refused(x, told, opened):
+    runner, _ = opened()
+    with pytest.raises(UserError) as raised:
+        runner.run(feeds() | {"x": x})
+    assert told in raised.value.what
+
+
+def test_a_torch_tensor_in_the_hosts_memory_is_fed_as_numpy_is(opened):
+    import torch
+
+    runner, _ = opened()
+    given = feeds()
+    assert np.array_equal(
+        runner.run({name: torch.from_numpy(one) for name, one in given.items()})["y"], expected(given)
+    )
+
+
 def test_the_maker_of_an_array_on_the_gpu_is_waited_for(opened, runtime):
     runner, _ = opened()
     half = feeds()["x"].astype(np.float16)
