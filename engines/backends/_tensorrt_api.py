@@ -105,7 +105,8 @@ class TensorRt:
 
         Raises a UserError if the engine cannot be loaded.
         """
-        loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
+        runtime = trt.Runtime(logger)
+        loaded = runtime.deserialize_cuda_engine(engine)
         if loaded is None:
             raise UserError("the engine does not load where it was built", fix="look at the GPU: export-engine doctor")
         context, inspector = loaded.create_execution_context(), loaded.create_engine_inspector()

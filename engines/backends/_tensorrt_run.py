@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,9 @@ class TensorRtRunner:
     """Runs an engine; may be called by several threads at once.
 
     Feeds are numpy arrays, or lie on the GPU (DLPack or the CUDA array interface, as of torch and CuPy): those are read
-    there, and must be of the engine's own type. Each call under way has a lane of its own. With `cuda_graphs`,
-    the second and later calls at one shape replay what the first did; `no_graphs` says why they do not. `budget`: bytes
-    of streamed weights to keep on the GPU, or `auto`, for an engine built for that.
+    there, and must be of the engine's own type. Each call under way has a lane of its own. With `cuda_graphs`, the
+    second and later calls at a shape replay one; `no_graphs` says why they do not. `budget`: bytes of streamed weights
+    to keep on the GPU, or `auto`, for an engine built for that.
     """
 
     def __init__(
@@ -94,23 +94,30 @@ class TensorRtRunner:
     def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         given = {port.name: self._given(port, feeds) for port in self._inputs}
         shapes = self._checked({name: tuple(value.shape) for name, value in given.items()})
-        with self._lock:
-            lane = self._idle.pop() if self._idle else None
-            self._busy += 1
         try:
-            lane = lane or _Lane(self, self._cuda)
-            outputs = lane.run(shapes, given)
-        except CudaError as error:  # the lane goes with it: nobody knows what state it is in
+            with self._lane() as lane:
+                return lane.run(shapes, given)
+        except CudaError as error:
             raise UserError(
                 f"{self.name}: the engine does not run at {dict(shapes)}: {error}; {self._log.reason}",
                 fix="feed fewer rows or free the GPU's memory; tools/gpu_check.py says whether engines run here at all",
             ) from error
+
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[_Lane]:
+        """Yields a lane of the call's own; one in which it fails is not used again: nobody knows its state."""
+        with self._lock:
+            lane = self._idle.pop() if self._idle else None
+            self._busy += 1
+        done = []
+        try:
+            lane = lane or _Lane(self, self._cuda)
+            yield lane
+            done.append(lane)
         finally:
             with self._lock:
                 self._busy -= 1
-        with self._lock:
-            self._idle.append(lane)
-        return outputs
+                self._idle += done
 
     def refit(self, model: Path) -> None:
         """Exchanges the weights for those of another graph of the same recipe and shapes; no call may be under way."""
