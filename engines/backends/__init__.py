@@ -49,9 +49,8 @@ class Backend(Protocol):
     def build(self, model: Path, graph: Json, folder: Path, gpu: str | None, options: Options) -> Mapping[str, int]:
         """Builds into `folder`, with the plan as plan.json; runs in a process of its own.
 
-        What it writes to stderr in lines that begin with `note: ` is shown to the user.
-
-        Returns, by module, the bytes that its weight takes in memory beyond the file, on purpose.
+        Returns, by module, the bytes that its weight takes in memory beyond the file, on purpose. What it writes to
+        stderr in lines that begin with `note: ` is shown to the user.
         """
 
     def multiplied(self, row: PlanRow) -> str | None:

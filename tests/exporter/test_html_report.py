@@ -318,10 +318,8 @@ def test_a_model_is_named_without_its_absolute_path(model, shown):
 
 def test_the_command_of_a_run_has_the_options_of_its_engines():
     content = report()
-    content["engines"].append(
-        content["engines"][0]
-        | {"backend": "trt", "decode": None, "gpu": "sm89", "refit": True, "weight_streaming": 700}
-    )
+    theirs = {"backend": "trt", "decode": None, "gpu": "sm89", "refit": True, "weight_streaming": 700}
+    content["engines"].append(content["engines"][0] | theirs)
     words = reproduce.commands(content, "run")["run"]
     assert "--backend ort --backend trt" in words
     assert "--gpu sm89 --refit --weight-streaming 700" in words
