@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.artifacts import Artifact, Json
+from engines.contract import as_numpy
 from engines.errors import UserError
 from engines.runner import Feeds, Runner
 
@@ -79,7 +80,7 @@ class _Stepped:
 
     def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Runs as its runner's does; `step` and `timestep` are read on the host, to be checked."""
-        hosted = {name: np.asarray(feeds[name]) for name in ("step", "timestep") if name in feeds}
+        hosted = {name: as_numpy(feeds[name]) for name in ("step", "timestep") if name in feeds}
         found: dict[str, Any] = cast(Any, self._runner).run_dlpack({**feeds, **self._with_step(hosted)})
         return found
 

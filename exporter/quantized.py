@@ -17,6 +17,7 @@ from engines.errors import UserError
 from exporter import scaling
 from exporter.attention import PointSpec, add_points, attention_of, quantize_points
 from exporter.checkpoint import Checkpoint, open_checkpoint, parameters_on_meta, set_parameter
+from exporter.formats import Format
 from exporter.models import Family, family_of
 from exporter.modules import DERIVED, QuantizedLayer, float_layer, put, quantized_layer, split_inputs
 from exporter.specs import FLOAT_LAYERS, LayerSpec

@@ -113,7 +113,7 @@ def codes(place: Place, data: bytes) -> None:
 
     if len(data) < 4:
         return
-    kind, rows, columns, raw = data[0], data[1] % 16 + 1, data[2] % 16 + 1, bytearray(data[3:])
+    kind, rows, columns, raw = data[0], data[1] % 16 + 1, 2 * (data[2] % 8 + 1), bytearray(data[3:])
     whole = kind < 128
     fmt: Any = integers.Format(kind % 7 + 2) if whole else codebook.Format(kind % 4 + 1, (16, 64, 256)[kind % 3])
     like = torch.zeros(rows, columns, dtype=fmt.carrier)
@@ -148,7 +148,8 @@ def _refused_or(read: Callable[[], object]) -> None:
     try:
         read()
     except UserError as error:
-        assert error.what and error.fix
+        if not error.fix:
+            raise AssertionError("a refusal without a fix") from error
 
 
 def once(target: str, place: Place, data: bytes) -> None:
