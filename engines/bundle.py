@@ -170,8 +170,8 @@ def _opened(path: Path) -> Artifact:
 def _inconsistent(artifact: Artifact) -> str | None:
     """Returns what of a manifest's own parts do not go together, None if all do."""
     info, files = artifact.manifest["info"], artifact.manifest["files"]
-    faults = [_of_contract(info), _of_sampler(info), _of_golden(info)]
-    faults += [_of_engine(name, info, files) for name in info["engines"]]
+    faults = [_of_contract(info), _of_sampler(info), *(_of_engine(name, info, files) for name in info["engines"])]
+    faults.append(_of_golden(info))
     faults.append(None if GOLDEN in files else f"there is no {GOLDEN}")
     return next(filter(None, faults), None)
 
