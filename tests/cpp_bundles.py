@@ -102,6 +102,8 @@ def codebook_bundle(folder):
         info["output"] = {"name": "y_0", "dtype": "float", "shape": ["batch", outputs]}
         info["axes"] = {"batch": {"min": 1, "opt": rows, "max": rows, "multiple": 1}}
         info["sampler"]["latent"]["input"] = "x"
+        graph = {"inputs": [{"name": "x", "dtype": "fp32", "shape": ["batch", inputs]}], "output": "y_0"}
+        info["graphs"]["fp32"]["info"] |= graph
         info["engines"]["ort"]["session"]["codebook_ops"] = True
         info["golden"] = {"steps": [0], "limits_db": {"fp32": {"0": 0.0}}, "picture": None}
 

@@ -1,4 +1,4 @@
-"""The C++ library: built with sanitizers and no warning, it gives what the Python runtime gives, and refuses as it does."""
+"""The C++ library: built with sanitizers and no warning, it gives and refuses what the Python runtime does."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ std::vector<Dimension> shape_of(const Cursor& cursor) {
 Port port_of(const Cursor& cursor) {
   Port port{cursor["name"].text(), cursor["dtype"].text(), shape_of(cursor["shape"]), ""};
   if (cursor.has("means")) port.means = cursor["means"].text_or("");
-  if (port.dtype != "int64" && port.dtype != "fp32" && port.dtype != "fp16" && port.dtype != "float")
-    cursor["dtype"].refuse("int64, fp32, fp16 or float");
+  if (port.dtype != "int64" && port.dtype != "fp32" && port.dtype != "float")
+    cursor["dtype"].refuse("int64, fp32 or float");
   if (port.shape.empty() || port.shape[0].axis != "batch") cursor["shape"].refuse("a shape that begins with batch");
   return port;
 }
@@ -43,7 +43,7 @@ Port port_of(const Cursor& cursor) {
 Axis axis_of(const Cursor& cursor) {
   Axis axis{cursor["min"].integer(1, LARGEST), cursor["opt"].integer(1, LARGEST), cursor["max"].integer(1, LARGEST),
             cursor["multiple"].integer(1, LARGEST)};
-  if (axis.min > axis.max) cursor.refuse("a range");
+  if (axis.min > axis.opt || axis.opt > axis.max) cursor.refuse("a range");
   return axis;
 }
 
