@@ -154,7 +154,7 @@ def test_the_runner_says_what_it_cannot_do(built, arguments):
 
 def test_an_installed_package_is_found_by_another_project(built, good, tmp_path):
     done("cmake", "--install", built)
-    settings = [f"-DCMAKE_PREFIX_PATH={built / 'installed'}", f"-DCMAKE_CXX_FLAGS=-fsanitize={SANITIZERS}", "-DCMAKE_BUILD_TYPE=Debug"]
+    settings = [f"-DCMAKE_PREFIX_PATH={built / 'installed'}", f"-DCMAKE_CXX_FLAGS=-fsanitize={SANITIZERS}"]
     done("cmake", "-S", SOURCE / "tests/consumer", "-B", tmp_path, *settings)
     done("cmake", "--build", tmp_path)
     assert done(tmp_path / "consumer", good / "tiny.zip") == "tiny\n"

@@ -54,18 +54,30 @@ Arguments parsed(const std::vector<std::string>& words) {
   for (std::size_t i = 0; i < words.size(); ++i) {
     const std::string& word = words[i];
     const auto value = [&] { return ++i < words.size() ? words[i] : (fail(word + " wants a value\n" + USAGE), ""); };
-    if (word == "--engine") arguments.engine.name = value();
-    else if (word == "--backend") arguments.engine.backend = value();
-    else if (word == "--device") arguments.engine.device = value();
-    else if (word == "--threads") arguments.engine.threads = static_cast<int>(number(word, value()));
-    else if (word == "--out") arguments.out = value();
-    else if (word == "--bench") arguments.bench = number(word, value());
-    else if (word == "--step") arguments.step = number(word, value());
-    else if (word == "--self-test") arguments.self_test = true;
-    else if (word == "--sample") arguments.sample = true;
-    else if (word == "--draw") arguments.draw = true;
-    else if (word.compare(0, 2, "--") && arguments.bundle.empty()) arguments.bundle = word;
-    else fail(word + ": unknown\n" + USAGE);
+    if (word == "--engine")
+      arguments.engine.name = value();
+    else if (word == "--backend")
+      arguments.engine.backend = value();
+    else if (word == "--device")
+      arguments.engine.device = value();
+    else if (word == "--threads")
+      arguments.engine.threads = static_cast<int>(number(word, value()));
+    else if (word == "--out")
+      arguments.out = value();
+    else if (word == "--bench")
+      arguments.bench = number(word, value());
+    else if (word == "--step")
+      arguments.step = number(word, value());
+    else if (word == "--self-test")
+      arguments.self_test = true;
+    else if (word == "--sample")
+      arguments.sample = true;
+    else if (word == "--draw")
+      arguments.draw = true;
+    else if (word.compare(0, 2, "--") && arguments.bundle.empty())
+      arguments.bundle = word;
+    else
+      fail(word + ": unknown\n" + USAGE);
   }
   if (arguments.bundle.empty()) fail(std::string("no BUNDLE\n") + USAGE);
   return arguments;

@@ -7,12 +7,12 @@
 
 #include "fault.hpp"
 
-#define FUZZ(loader)                                                              \
+#define FUZZ(loader)                                                                  \
   extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) { \
-    const std::string_view bytes(reinterpret_cast<const char*>(data), size);      \
-    try {                                                                         \
-      loader(bytes);                                                              \
-    } catch (const export_engine::detail::Fault&) {                               \
-    }                                                                             \
-    return 0;                                                                     \
+    const std::string_view bytes(reinterpret_cast<const char*>(data), size);          \
+    try {                                                                             \
+      loader(bytes);                                                                  \
+    } catch (const export_engine::detail::Fault&) {                                   \
+    }                                                                                 \
+    return 0;                                                                         \
   }

@@ -54,7 +54,7 @@ typedef struct ee_engine_options {
   const char* backend; /* "ort" or "trt"; NULL: any */
   const char* device;  /* of ONNX Runtime: "cpu" (NULL), "cuda" or "tensorrt" */
   int device_id;
-  int threads;         /* 0: all cores */
+  int threads; /* 0: all cores */
 } ee_engine_options;
 
 typedef struct ee_status ee_status;

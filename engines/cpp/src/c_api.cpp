@@ -151,14 +151,17 @@ ee_status* ee_engine_self_test(const ee_engine* engine, int* passed) {
 void ee_engine_close(ee_engine* engine) { delete engine; }
 
 ee_status* ee_sampler_open(const ee_engine* engine, ee_sampler** sampler) {
-  return done([&] { given(sampler, "sampler") = new ee_sampler{taken(Sampler::open(given(engine, "engine").engine))}; });
+  return done(
+      [&] { given(sampler, "sampler") = new ee_sampler{taken(Sampler::open(given(engine, "engine").engine))}; });
 }
 
 ee_status* ee_sampler_sample(const ee_sampler* sampler, const ee_tensor* noise, const ee_feed* wanted,
                              size_t wanted_count, const ee_feed* unwanted, size_t unwanted_count, ee_array** latents) {
   return done([&] {
-    given(latents, "latents") = new ee_array{taken(given(sampler, "sampler").sampler.sample(
-        tensor_of(given(noise, "noise")), feeds_of(wanted, wanted_count), feeds_of(unwanted, unwanted_count)))};
+    given(latents, "latents") =
+        new ee_array{taken(given(sampler, "sampler")
+                               .sampler.sample(tensor_of(given(noise, "noise")), feeds_of(wanted, wanted_count),
+                                               feeds_of(unwanted, unwanted_count)))};
   });
 }
 
@@ -166,7 +169,8 @@ void ee_sampler_close(ee_sampler* sampler) { delete sampler; }
 
 ee_status* ee_pipeline_open(const ee_bundle* bundle, const ee_engine_options* options, ee_pipeline** pipeline) {
   return done([&] {
-    given(pipeline, "pipeline") = new ee_pipeline{taken(Pipeline::open(given(bundle, "bundle").bundle, options_of(options)))};
+    given(pipeline, "pipeline") =
+        new ee_pipeline{taken(Pipeline::open(given(bundle, "bundle").bundle, options_of(options)))};
   });
 }
 
@@ -175,8 +179,9 @@ ee_status* ee_pipeline_draw(const ee_pipeline* pipeline, const ee_tensor* tokens
   return done([&] {
     DrawOptions options;
     if (unwanted_tokens) options.unwanted_tokens = tensor_of(*unwanted_tokens);
-    given(pictures, "pictures") = new ee_array{taken(given(pipeline, "pipeline").pipeline.draw(
-        tensor_of(given(tokens, "tokens")), tensor_of(given(noise, "noise")), options))};
+    given(pictures, "pictures") = new ee_array{
+        taken(given(pipeline, "pipeline")
+                  .pipeline.draw(tensor_of(given(tokens, "tokens")), tensor_of(given(noise, "noise")), options))};
   });
 }
 

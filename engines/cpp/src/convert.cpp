@@ -9,8 +9,9 @@ namespace export_engine::detail {
 Tensor Converted::to(const Tensor& tensor, DType dtype, const std::string& name) {
   if (tensor.dtype == dtype) return tensor;
   if (tensor.dtype == DType::int64 || dtype == DType::int64)
-    throw Fault(Code::invalid_argument, "the input '" + name + "' is " + name_of(tensor.dtype) + ", where " +
-                                            name_of(dtype) + " is wanted", "convert it before");
+    throw Fault(Code::invalid_argument,
+                "the input '" + name + "' is " + name_of(tensor.dtype) + ", where " + name_of(dtype) + " is wanted",
+                "convert it before");
   Array& made = made_.emplace_back(dtype, tensor.shape);
   if (dtype == DType::fp16)
     to_half(static_cast<const float*>(tensor.data), static_cast<std::uint16_t*>(made.data()), made.count());

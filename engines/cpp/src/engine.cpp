@@ -39,11 +39,12 @@ const EngineInfo& picked(const Info& info, const EngineOptions& options) {
     if (!best || (best->backend != "ort" && engine.backend == "ort")) best = &engine;
   }
   if (best) return *best;
-  throw Fault(Code::not_found,
-              "no engine here" + (options.name.empty() ? "" : " named '" + options.name + "'") +
-                  (options.backend.empty() ? "" : " of the backend '" + options.backend + "'") +
-                  " can run; the bundle has " + (info.engines.empty() ? "none" : said(info, options)),
-              "ask for one of them, or make a bundle with an engine for this machine: export-engine run … --backend ort");
+  throw Fault(
+      Code::not_found,
+      "no engine here" + (options.name.empty() ? "" : " named '" + options.name + "'") +
+          (options.backend.empty() ? "" : " of the backend '" + options.backend + "'") + " can run; the bundle has " +
+          (info.engines.empty() ? "none" : said(info, options)),
+      "ask for one of them, or make a bundle with an engine for this machine: export-engine run … --backend ort");
 }
 
 std::unique_ptr<Session> open_session(const Bundle& bundle, const EngineInfo& engine, const EngineOptions& options) {

@@ -19,7 +19,8 @@ class Fault : public std::exception {
   const Status status;
 };
 
-inline const char* const GET_AGAIN = "do not use it: it was damaged or tampered with; get the bundle, or make it, again";
+inline const char* const GET_AGAIN =
+    "do not use it: it was damaged or tampered with; get the bundle, or make it, again";
 
 [[noreturn]] inline void damaged(std::string message) { throw Fault(Code::damaged, std::move(message), GET_AGAIN); }
 
@@ -34,8 +35,9 @@ T taken(Result<T> result) {
 template <class Work>
 auto guarded(Work&& work) noexcept {
   using Value = decltype(work());
-  using Outcome = typename std::conditional_t<std::is_void_v<Value>, std::common_type<Status>,
-                                              std::common_type<Result<std::conditional_t<std::is_void_v<Value>, int, Value>>>>::type;
+  using Outcome = typename std::conditional_t<
+      std::is_void_v<Value>, std::common_type<Status>,
+      std::common_type<Result<std::conditional_t<std::is_void_v<Value>, int, Value>>>>::type;
   try {
     if constexpr (std::is_void_v<Value>) {
       work();

@@ -30,7 +30,7 @@ File::File(std::string path) : path_(std::move(path)) {
   handle_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
   if (handle_ < 0 && errno == ELOOP) damaged(path_ + ": is a link, where a file is wanted");
   if (handle_ < 0) refused(path_, "opened", errno);
-  struct stat found {};
+  struct stat found{};
   const bool regular = ::fstat(handle_, &found) == 0 && S_ISREG(found.st_mode);
   if (!regular) {
     ::close(handle_);

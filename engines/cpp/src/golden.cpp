@@ -14,7 +14,8 @@ namespace {
 // Returns the feeds or samples whose names begin with `prefix`, under the rest of their names.
 Feeds under(const Arrays& arrays, const std::string& prefix) {
   Feeds feeds;
-  for (auto at = arrays.lower_bound(prefix); at != arrays.end() && at->first.compare(0, prefix.size(), prefix) == 0; ++at)
+  for (auto at = arrays.lower_bound(prefix); at != arrays.end() && at->first.compare(0, prefix.size(), prefix) == 0;
+       ++at)
     feeds.emplace(at->first.substr(prefix.size()), at->second.view());
   return feeds;
 }
@@ -53,13 +54,15 @@ GoldenRow tested(const Engine::Impl& engine, const Arrays& arrays, std::int64_t 
   const std::int64_t count = expected->second.shape()[0], most = engine.bundle.info().axes.at("batch").opt;
   Ratio ratio;
   for (const auto& [name, tensor] : feeds)
-    if (tensor.shape.empty() || tensor.shape[0] != count) damaged("golden.safetensors: '" + prefix + name + "' has other rows");
+    if (tensor.shape.empty() || tensor.shape[0] != count)
+      damaged("golden.safetensors: '" + prefix + name + "' has other rows");
   for (std::int64_t first = 0; first < count; first += most) {
     const std::int64_t last = std::min(count, first + most);
     const Feeds part = rows_of(feeds, first, last);
     const Tensor wanted = rows_of(expected->second.view(), first, last);
     Array found(DType::fp32, engine.check(part));
-    if (wanted.shape != found.shape()) damaged("golden.safetensors: '" + prefix + "expected' is not what the output is");
+    if (wanted.shape != found.shape())
+      damaged("golden.safetensors: '" + prefix + "expected' is not what the output is");
     engine.run(part, found.floats(), found.shape());
     ratio.add(static_cast<const float*>(wanted.data), found.floats(), found.count());
   }
@@ -70,11 +73,13 @@ GoldenRow tested(const Engine::Impl& engine, const Arrays& arrays, std::int64_t 
 GoldenRow drawn(const Engine& engine, const Arrays& arrays, const PictureInfo& picture) {
   const auto noise = arrays.find("picture/noise"), latent = arrays.find("picture/latent");
   const auto limit = picture.limits_db.find(engine.info().dtype);
-  if (noise == arrays.end() || latent == arrays.end()) damaged("golden.safetensors: lacks picture/noise or picture/latent");
-  if (limit == picture.limits_db.end()) damaged("manifest.json: golden.picture.limits_db lacks '" + engine.info().dtype + "'");
-  const Array found = taken(taken(Sampler::open(engine))
-                                .sample(noise->second.view(), under(arrays, "picture/wanted/"),
-                                        under(arrays, "picture/unwanted/")));
+  if (noise == arrays.end() || latent == arrays.end())
+    damaged("golden.safetensors: lacks picture/noise or picture/latent");
+  if (limit == picture.limits_db.end())
+    damaged("manifest.json: golden.picture.limits_db lacks '" + engine.info().dtype + "'");
+  const Array found =
+      taken(taken(Sampler::open(engine))
+                .sample(noise->second.view(), under(arrays, "picture/wanted/"), under(arrays, "picture/unwanted/")));
   const double psnr = psnr_db(latent->second.view(), found.view(), picture.peak);
   return {std::to_string(picture.count) + " samples", psnr, limit->second, psnr >= limit->second};
 }

@@ -19,7 +19,8 @@ float from_bits(std::uint32_t bits) {
 
 std::uint16_t half_of(float value) {
   const std::uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-  if (size > 0x7f800000) return static_cast<std::uint16_t>(sign | 0x7c00 | (size >> 13 & 0x3ff) | !(size >> 13 & 0x3ff));
+  if (size > 0x7f800000)
+    return static_cast<std::uint16_t>(sign | 0x7c00 | (size >> 13 & 0x3ff) | !(size >> 13 & 0x3ff));
   if (size >= 0x477ff000) return static_cast<std::uint16_t>(sign | 0x7c00);  // from 65520 on: infinity
   if (size < 0x38800000) {
     // A subnormal: adding 1/2 to it leaves multiples of 2^-24, rounded to even, in the low bits.
@@ -31,7 +32,8 @@ std::uint16_t half_of(float value) {
 }
 
 float float_of(std::uint16_t half) {
-  const std::uint32_t sign = std::uint32_t{half} << 16 & 0x80000000, exponent = half >> 10 & 31, mantissa = half & 0x3ff;
+  const std::uint32_t sign = std::uint32_t{half} << 16 & 0x80000000, exponent = half >> 10 & 31,
+                      mantissa = half & 0x3ff;
   if (exponent == 31) return from_bits(sign | 0x7f800000 | mantissa << 13);
   if (exponent == 0) return from_bits(sign | bits_of(static_cast<float>(mantissa) * 0x1p-24f));
   return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);

@@ -141,7 +141,8 @@ PictureInfo picture_of(const Cursor& cursor) {
 
 std::int64_t step_number(const std::string& text, const Cursor& cursor) {
   constexpr std::size_t LONGEST = 9;
-  const bool good = !text.empty() && text.size() <= LONGEST && text.find_first_not_of("0123456789") == std::string::npos;
+  const bool good =
+      !text.empty() && text.size() <= LONGEST && text.find_first_not_of("0123456789") == std::string::npos;
   if (!good) cursor.refuse("the limit of a step");
   return std::stoll(text);
 }
@@ -169,8 +170,12 @@ std::optional<std::int64_t> token_of(const Cursor& cursor) {
 
 TextInfo text_of(const Cursor& cursor) {
   constexpr std::int64_t MOST_TOKENS = 1 << 16;
-  return {cursor["tokens"].integer(1, MOST_TOKENS), token_of(cursor["pad"]), token_of(cursor["bos"]),
-          token_of(cursor["eos"]), files_by_dtype(cursor["encoders"]), cursor["input"].text(),
+  return {cursor["tokens"].integer(1, MOST_TOKENS),
+          token_of(cursor["pad"]),
+          token_of(cursor["bos"]),
+          token_of(cursor["eos"]),
+          files_by_dtype(cursor["encoders"]),
+          cursor["input"].text(),
           texts_of(cursor["outputs"])};
 }
 
@@ -199,7 +204,8 @@ void check_names(const Info& info, const Cursor& cursor) {
   if (!info.axes.count("batch")) damaged(cursor.path() + ".axes: lacks 'batch'");
   if (!info.sampler) return;
   check_axes(info.sampler->shape, info, cursor);
-  if (!names.count(info.sampler->latent)) damaged(cursor.path() + ".sampler.latent: '" + info.sampler->latent + "' is no input");
+  if (!names.count(info.sampler->latent))
+    damaged(cursor.path() + ".sampler.latent: '" + info.sampler->latent + "' is no input");
 }
 
 }  // namespace

@@ -60,7 +60,8 @@ class Builder : public nlohmann::json_sax<nlohmann::json> {
     auto& members = open_.back().object;
     std::sort(members.begin(), members.end(), [](const Member& a, const Member& b) { return a.key < b.key; });
     for (std::size_t i = 1; i < members.size(); ++i)
-      if (members[i].key == members[i - 1].key) damaged(where_ + ": the key '" + members[i].key + "' stands there twice");
+      if (members[i].key == members[i - 1].key)
+        damaged(where_ + ": the key '" + members[i].key + "' stands there twice");
     return close();
   }
 

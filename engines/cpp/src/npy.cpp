@@ -28,7 +28,8 @@ Array parse_npy(std::string_view bytes, const std::string& where) {
   const std::string header = header_of(bytes, where);
   char steps[10], width[10];
   int end = 0;
-  std::sscanf(header.c_str(), "{'descr': '<f4', 'fortran_order': False, 'shape': (%9[0-9], %9[0-9]), }%n", steps, width, &end);
+  std::sscanf(header.c_str(), "{'descr': '<f4', 'fortran_order': False, 'shape': (%9[0-9], %9[0-9]), }%n", steps, width,
+              &end);
   if (!end || header.find_first_not_of(" \n", static_cast<std::size_t>(end)) != std::string::npos)
     damaged(where + ": not fp32 in rows, [steps, n]");
   const Shape shape{std::stoll(steps), std::stoll(width)};

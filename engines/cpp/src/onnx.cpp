@@ -18,15 +18,24 @@ struct Field {
   Kind holds;
 };
 
-constexpr std::array<Field, 19> FIELDS{{{Kind::model, 7, Kind::graph},         {Kind::model, 20, Kind::training},
-                                        {Kind::model, 25, Kind::function},     {Kind::training, 1, Kind::graph},
-                                        {Kind::training, 2, Kind::graph},      {Kind::function, 7, Kind::node},
-                                        {Kind::function, 11, Kind::attribute}, {Kind::graph, 1, Kind::node},
-                                        {Kind::graph, 5, Kind::tensor},        {Kind::graph, 15, Kind::sparse},
-                                        {Kind::node, 5, Kind::attribute},      {Kind::attribute, 5, Kind::tensor},
-                                        {Kind::attribute, 6, Kind::graph},     {Kind::attribute, 10, Kind::tensor},
-                                        {Kind::attribute, 11, Kind::graph},    {Kind::attribute, 22, Kind::sparse},
-                                        {Kind::attribute, 23, Kind::sparse},   {Kind::sparse, 1, Kind::tensor},
+constexpr std::array<Field, 19> FIELDS{{{Kind::model, 7, Kind::graph},
+                                        {Kind::model, 20, Kind::training},
+                                        {Kind::model, 25, Kind::function},
+                                        {Kind::training, 1, Kind::graph},
+                                        {Kind::training, 2, Kind::graph},
+                                        {Kind::function, 7, Kind::node},
+                                        {Kind::function, 11, Kind::attribute},
+                                        {Kind::graph, 1, Kind::node},
+                                        {Kind::graph, 5, Kind::tensor},
+                                        {Kind::graph, 15, Kind::sparse},
+                                        {Kind::node, 5, Kind::attribute},
+                                        {Kind::attribute, 5, Kind::tensor},
+                                        {Kind::attribute, 6, Kind::graph},
+                                        {Kind::attribute, 10, Kind::tensor},
+                                        {Kind::attribute, 11, Kind::graph},
+                                        {Kind::attribute, 22, Kind::sparse},
+                                        {Kind::attribute, 23, Kind::sparse},
+                                        {Kind::sparse, 1, Kind::tensor},
                                         {Kind::sparse, 2, Kind::tensor}}};
 
 Kind held(Kind in, std::uint64_t number) {

@@ -12,7 +12,8 @@ const OrtApi& ort() {
   if (!api)
     throw Fault(Code::newer_version,
                 "ONNX Runtime's library is version " + ort_version() + "; this was built with headers of version 1." +
-                    std::to_string(ORT_API_VERSION), UPDATE);
+                    std::to_string(ORT_API_VERSION),
+                UPDATE);
   return *api;
 }
 

@@ -24,7 +24,8 @@ bool sums_saturate() {
   std::string line;
   while (std::getline(cpuinfo, line))
     if (line.compare(0, 5, "flags") == 0)
-      return (line + " ").find(" avx512_vnni ") == std::string::npos && (line + " ").find(" avx_vnni ") == std::string::npos;
+      return (line + " ").find(" avx512_vnni ") == std::string::npos &&
+             (line + " ").find(" avx_vnni ") == std::string::npos;
   return true;
 #else
   return false;
@@ -55,8 +56,10 @@ void check_provider(const char* wanted) {
   const std::vector<std::string> found(names, names + count);
   check(ort().ReleaseAvailableProviders(names, count), "ONNX Runtime", REPORT);
   if (std::find(found.begin(), found.end(), wanted) == found.end())
-    throw Fault(Code::not_found, "this ONNX Runtime has no " + std::string(wanted) + ", only " +
-                                     joined(found, [](const std::string& name) { return name; }), CUDA);
+    throw Fault(Code::not_found,
+                "this ONNX Runtime has no " + std::string(wanted) + ", only " +
+                    joined(found, [](const std::string& name) { return name; }),
+                CUDA);
 }
 
 void add_cuda(OrtSessionOptions* options, const std::string& device) {

@@ -57,7 +57,8 @@ class OrtBackend : public Session {
     OrtAllocator* allocator = nullptr;
     check(ort().GetAllocatorWithDefaultOptions(&allocator), "memory", CALL);
     name_all(ort().SessionGetInputCount, ort().SessionGetInputName, ort().SessionGetInputTypeInfo, allocator, inputs_);
-    name_all(ort().SessionGetOutputCount, ort().SessionGetOutputName, ort().SessionGetOutputTypeInfo, allocator, outputs_);
+    name_all(ort().SessionGetOutputCount, ort().SessionGetOutputName, ort().SessionGetOutputTypeInfo, allocator,
+             outputs_);
   }
 
   const std::vector<TypedName>& inputs() const override { return inputs_; }

@@ -67,8 +67,9 @@ Arrays Pipeline::Impl::encode(const Tensor& tokens) const {
   const Shape wanted{tokens.shape.empty() ? 0 : tokens.shape[0], info->text->tokens};
   if (tokens.dtype != DType::int64 || tokens.shape != wanted || !tokens.data || wanted[0] < 1)
     throw detail::Fault(Code::invalid_argument,
-                        "tokens of " + std::string(detail::name_of(tokens.dtype)) + " " + detail::text_of(tokens.shape) +
-                            ", where int64 [count, " + std::to_string(info->text->tokens) + "] is wanted",
+                        "tokens of " + std::string(detail::name_of(tokens.dtype)) + " " +
+                            detail::text_of(tokens.shape) + ", where int64 [count, " +
+                            std::to_string(info->text->tokens) + "] is wanted",
                         "pad or cut each caption's ids to that many");
   std::vector<std::string> names;
   for (const auto& [output, input] : info->text->outputs) names.push_back(output);
@@ -108,11 +109,13 @@ Array Pipeline::Impl::decode(Array latents) const {
     const Array one =
         detail::run_one(*vae, info->vae->input, detail::rows_of(latents.view(), i, i + 1), info->vae->output);
     Shape shape = one.shape();
-    if (one.dtype() != DType::fp32 || shape.empty() || shape[0] != 1) detail::damaged("the decoder gives " + detail::text_of(shape) + " for one latent");
+    if (one.dtype() != DType::fp32 || shape.empty() || shape[0] != 1)
+      detail::damaged("the decoder gives " + detail::text_of(shape) + " for one latent");
     shape[0] = count;
     if (i == 0) pictures = Array(DType::fp32, shape);
     if (pictures.shape() != shape) detail::damaged("the decoder gives pictures of several sizes");
-    std::memcpy(static_cast<std::byte*>(pictures.data()) + static_cast<std::size_t>(i) * one.bytes(), one.data(), one.bytes());
+    std::memcpy(static_cast<std::byte*>(pictures.data()) + static_cast<std::size_t>(i) * one.bytes(), one.data(),
+                one.bytes());
   }
   return pictures;
 }

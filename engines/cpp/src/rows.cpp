@@ -33,8 +33,10 @@ Arrays stacked(const Feeds& above, const Feeds& below) {
     const auto found = below.find(name);
     const bool alike = found != below.end() && found->second.dtype == top.dtype && found->second.shape == top.shape;
     if (!alike)
-      throw Fault(Code::invalid_argument, "sampling: the unwanted '" + name + "' is not " + name_of(top.dtype) + " " +
-                                              text_of(top.shape) + ", as the wanted one is", "feed both alike");
+      throw Fault(Code::invalid_argument,
+                  "sampling: the unwanted '" + name + "' is not " + name_of(top.dtype) + " " + text_of(top.shape) +
+                      ", as the wanted one is",
+                  "feed both alike");
     Shape shape = top.shape;
     shape[0] *= 2;
     Array array(top.dtype, std::move(shape));
@@ -50,7 +52,8 @@ Array repeated(const Array& row, std::int64_t count) {
   shape[0] = count;
   Array rows(row.dtype(), std::move(shape));
   for (std::int64_t i = 0; i < count; ++i)
-    std::memcpy(static_cast<std::byte*>(rows.data()) + static_cast<std::size_t>(i) * row.bytes(), row.data(), row.bytes());
+    std::memcpy(static_cast<std::byte*>(rows.data()) + static_cast<std::size_t>(i) * row.bytes(), row.data(),
+                row.bytes());
   return rows;
 }
 

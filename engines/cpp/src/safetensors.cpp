@@ -47,9 +47,8 @@ Entry entry_of(const std::string& name, const Cursor& cursor) {
 
 // The tensors fill the data without a gap or an overlap, so that no byte is unaccounted for.
 void check_order(std::vector<Entry>& entries, std::size_t bytes, const std::string& where) {
-  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
-    return a.first != b.first ? a.first < b.first : a.last < b.last;
-  });
+  std::sort(entries.begin(), entries.end(),
+            [](const Entry& a, const Entry& b) { return a.first != b.first ? a.first < b.first : a.last < b.last; });
   std::size_t at = 0;
   for (const Entry& entry : entries) {
     if (entry.first != at) damaged(where + ": the tensors overlap or leave a gap before '" + entry.name + "'");

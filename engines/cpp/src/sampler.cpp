@@ -40,18 +40,20 @@ void check_rows(const Info& info, const Feeds& feeds, std::int64_t count, const 
     if (!is_given(info, name)) refuse("sampling: '" + name + "' is fed by the loop itself", "leave it out");
     if (tensor.shape.empty() || tensor.shape[0] != count || !tensor.data)
       refuse("sampling: the " + which + " '" + name + "' has shape " + text_of(tensor.shape) + ", and the noise has " +
-                 std::to_string(count) + " rows", "feed a row for each");
+                 std::to_string(count) + " rows",
+             "feed a row for each");
   }
 }
 
 void check_noise(const SamplerInfo& info, const Tensor& noise) {
-  bool good = noise.dtype == DType::fp32 && noise.data && noise.shape.size() == info.shape.size() + 1 &&
-              noise.count() > 0;
+  bool good =
+      noise.dtype == DType::fp32 && noise.data && noise.shape.size() == info.shape.size() + 1 && noise.count() > 0;
   for (std::size_t i = 0; good && i < info.shape.size(); ++i)
     good = !info.shape[i].axis.empty() || noise.shape[i + 1] == info.shape[i].size;
   if (!good)
     refuse("sampling: noise of " + std::string(name_of(noise.dtype)) + " " + text_of(noise.shape) +
-               ", where fp32 of [count] and " + text_of(info.shape) + " is wanted", "draw standard normal noise of that shape");
+               ", where fp32 of [count] and " + text_of(info.shape) + " is wanted",
+           "draw standard normal noise of that shape");
 }
 
 // One batch on its way from noise to latents.
@@ -154,7 +156,8 @@ std::shared_ptr<const Sampler::Impl> opened(const Engine& engine) {
                 "sampling: the bundle holds no steps to sample by" +
                     (info && !info->why_not_portable.empty() ? ": " + info->why_not_portable : ""),
                 "call the engine from a loop of your own: info().sampler has the schedule");
-  if (info->portable->clip && *info->portable->clip < 0) damaged("manifest.json: info.sampler.portable.clip is negative");
+  if (info->portable->clip && *info->portable->clip < 0)
+    damaged("manifest.json: info.sampler.portable.clip is negative");
   return std::make_shared<Sampler::Impl>(Sampler::Impl{engine, &*info});
 }
 
@@ -174,7 +177,8 @@ Array Sampler::Impl::sample(const Tensor& noise, const Feeds& wanted, const Feed
   detail::check_rows(engine.bundle().info(), wanted, count, "wanted");
   if (info->guided) detail::check_rows(engine.bundle().info(), unwanted, count, "unwanted");
   if (!info->guided && (!unwanted.empty() || options.guidance_scale))
-    detail::refuse("sampling: this model is sampled without guidance", "leave out the unwanted feeds and guidance_scale");
+    detail::refuse("sampling: this model is sampled without guidance",
+                   "leave out the unwanted feeds and guidance_scale");
   Array latents(DType::fp32, noise.shape);
   for (std::int64_t first = 0; first < count; first += most) {
     const std::int64_t last = std::min(count, first + most);
@@ -183,7 +187,8 @@ Array Sampler::Impl::sample(const Tensor& noise, const Feeds& wanted, const Feed
     detail::Batch batch(engine, *info, detail::rows_of(noise, first, last), std::move(feeds),
                         options.guidance_scale.value_or(info->guidance_scale));
     for (std::int64_t step = 0; step < static_cast<std::int64_t>(info->portable->steps.size()); ++step) {
-      if (options.on_step && !options.on_step(step)) detail::refuse("sampling: ended by the caller", "return true from on_step");
+      if (options.on_step && !options.on_step(step))
+        detail::refuse("sampling: ended by the caller", "return true from on_step");
       batch.advance(step);
     }
     const Array& done = batch.latents();

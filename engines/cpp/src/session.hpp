@@ -41,9 +41,9 @@ class Session {
 };
 
 struct SessionRequest {
-  std::string model;         // path
-  const SessionInfo* info;   // null: no options of its own
-  bool codebook_ops;         // registers the native kernels
+  std::string model;        // path
+  const SessionInfo* info;  // null: no options of its own
+  bool codebook_ops;        // registers the native kernels
   EngineOptions options;
 };
 

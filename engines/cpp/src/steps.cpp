@@ -39,15 +39,17 @@ void Steps::check(const Feeds& feeds, std::int64_t batch) const {
     throw Fault(Code::invalid_argument, engine_ + ": the feeds hold no 'step'", "feed each row's, 0 … " + last);
   const Tensor& step = found->second;
   if (step.dtype != DType::int64 || step.shape != Shape{batch} || !step.data)
-    throw Fault(Code::invalid_argument, engine_ + ": 'step' is " + name_of(step.dtype) + " " + text_of(step.shape) +
-                                            ", where int64 [" + std::to_string(batch) + "] is wanted",
+    throw Fault(Code::invalid_argument,
+                engine_ + ": 'step' is " + name_of(step.dtype) + " " + text_of(step.shape) + ", where int64 [" +
+                    std::to_string(batch) + "] is wanted",
                 "feed each row's, 0 … " + last);
   const auto* values = static_cast<const std::int64_t*>(step.data);
   for (std::int64_t i = 0; i < batch; ++i)
     if (values[i] < 0 || values[i] >= steps)
-      throw Fault(Code::invalid_argument, engine_ + ": step " + std::to_string(values[i]) +
-                                              ", and activations have scales for the steps 0 … " + last,
-                  "feed the position in the schedule that the engine was calibrated for");
+      throw Fault(
+          Code::invalid_argument,
+          engine_ + ": step " + std::to_string(values[i]) + ", and activations have scales for the steps 0 … " + last,
+          "feed the position in the schedule that the engine was calibrated for");
   const auto timestep = feeds.find("timestep");
   if (timestep != feeds.end()) check_schedule(timestep->second, values);
 }

@@ -1,4 +1,5 @@
-// TensorRT's engines, through its C++ API, of version 10 or later. Compiled against its headers; not run on a GPU so far.
+// TensorRT's engines, through its C++ API, of version 10 or later. Compiled against its headers; not run on a GPU so
+// far.
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 
@@ -15,8 +16,7 @@ namespace {
 const char* const DRIVER = "check the driver and the GPU (nvidia-smi), or ask for the backend ort";
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw Fault(Code::runtime, std::string(what) + ": " + cudaGetErrorString(error), DRIVER);
+  if (error != cudaSuccess) throw Fault(Code::runtime, std::string(what) + ": " + cudaGetErrorString(error), DRIVER);
 }
 
 // Keeps the last thing that TensorRT complained of, which its calls do not return.
@@ -55,7 +55,8 @@ struct FreeStream {
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
   Buffer& operator=(Buffer&&) = delete;
   ~Buffer() { cudaFree(data_); }
 
@@ -83,9 +84,12 @@ struct Lane {
 
 DType dtype_of(nvinfer1::DataType type, const std::string& name) {
   switch (type) {
-    case nvinfer1::DataType::kFLOAT: return DType::fp32;
-    case nvinfer1::DataType::kHALF: return DType::fp16;
-    case nvinfer1::DataType::kINT64: return DType::int64;
+    case nvinfer1::DataType::kFLOAT:
+      return DType::fp32;
+    case nvinfer1::DataType::kHALF:
+      return DType::fp16;
+    case nvinfer1::DataType::kINT64:
+      return DType::int64;
     default:
       throw Fault(Code::unsupported, "the engine's '" + name + "' is of a type of TensorRT's that is not served",
                   "fp32, fp16 and int64 are: report this");
@@ -196,7 +200,8 @@ class TensorrtBackend : public Session {
     const nvinfer1::Dims dims = lane.context->getTensorShape(output.name.c_str());
     const Shape shape(dims.d, dims.d + std::max(0, dims.nbDims));
     void* to = lane.buffers[output.name].of(bytes_of(shape, output.dtype));
-    if (!lane.context->setTensorAddress(output.name.c_str(), to)) logger().fail("TensorRT refuses '" + output.name + "'");
+    if (!lane.context->setTensorAddress(output.name.c_str(), to))
+      logger().fail("TensorRT refuses '" + output.name + "'");
     return shape;
   }
 

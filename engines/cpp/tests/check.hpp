@@ -9,20 +9,20 @@ inline int& failures() {
   return count;
 }
 
-#define CHECK(condition)                                                      \
-  do {                                                                        \
-    if (!(condition)) {                                                       \
-      std::printf("%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);     \
-      ++failures();                                                           \
-    }                                                                         \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures();                                                       \
+    }                                                                     \
   } while (false)
 
 // A status must be a failure that says this.
-#define CHECK_SAYS(status, part)                                              \
-  do {                                                                        \
-    const std::string text_of_it = (status).text();                           \
-    if ((status).ok() || text_of_it.find(part) == std::string::npos) {              \
+#define CHECK_SAYS(status, part)                                                                    \
+  do {                                                                                              \
+    const std::string text_of_it = (status).text();                                                 \
+    if ((status).ok() || text_of_it.find(part) == std::string::npos) {                              \
       std::printf("%s:%d: '%s' does not say '%s'\n", __FILE__, __LINE__, text_of_it.c_str(), part); \
-      ++failures();                                                           \
-    }                                                                         \
+      ++failures();                                                                                 \
+    }                                                                                               \
   } while (false)

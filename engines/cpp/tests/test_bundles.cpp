@@ -62,8 +62,7 @@ struct Call {
 bool gives(const Engine& engine, const Call& call, bool with_step) {
   const Array output = need(engine.run(call.feeds()));
   bool same = output.shape() == call.shape;
-  for (std::size_t i = 0; same && i < call.latent.size(); ++i)
-    same = output.floats()[i] == call.expected(i, with_step);
+  for (std::size_t i = 0; same && i < call.latent.size(); ++i) same = output.floats()[i] == call.expected(i, with_step);
   return same;
 }
 
@@ -225,9 +224,7 @@ std::string content_of(const fs::path& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-void write(const fs::path& path, const std::string& content) {
-  std::ofstream(path, std::ios::binary) << content;
-}
+void write(const fs::path& path, const std::string& content) { std::ofstream(path, std::ios::binary) << content; }
 
 void one_flipped_byte_at_random_places_is_refused() {
   const fs::path copy = root + "/flipped";

@@ -65,7 +65,8 @@ void safetensors_are_read_and_sizes_that_do_not_fit_are_refused() {
   CHECK_SAYS(safetensors_status(std::string(8, '\xff') + "{}"), "not all of it");
   CHECK_SAYS(safetensors_status("short"), "not all of it");
   const auto one = [](const char* shape, const char* offsets, const char* dtype) {
-    return safetensors(std::string(R"({"x":{"dtype":")") + dtype + "\",\"shape\":" + shape + ",\"data_offsets\":" + offsets + "}}", 8);
+    return safetensors(
+        std::string(R"({"x":{"dtype":")") + dtype + "\",\"shape\":" + shape + ",\"data_offsets\":" + offsets + "}}", 8);
   };
   CHECK_SAYS(safetensors_status(one("[3]", "[0,8]", "F32")), "as many bytes");
   CHECK_SAYS(safetensors_status(one("[2]", "[4,12]", "F32")), "gap");
@@ -90,16 +91,18 @@ void a_step_table_is_read_and_anything_else_is_refused() {
   CHECK_SAYS(npy_status(npy(good, 23)), "do not fit");
   CHECK_SAYS(npy_status(npy("{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }", 48)), "not fp32");
   CHECK_SAYS(npy_status(npy("{'descr': '|O', 'fortran_order': False, 'shape': (2, 3), }", 48)), "not fp32");
-  CHECK_SAYS(npy_status(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (999999999, 999999999), }", 4)), "do not fit");
+  CHECK_SAYS(npy_status(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (999999999, 999999999), }", 4)),
+             "do not fit");
   CHECK_SAYS(npy_status("\x93NUMPY"), "no .npy file");
 }
 
 void half_numbers_round_to_the_nearest_even_one() {
   const float infinity = std::numeric_limits<float>::infinity();
   const std::pair<float, std::uint16_t> known[] = {
-      {0.0f, 0x0000},     {-0.0f, 0x8000},      {1.0f, 0x3c00},       {65504.0f, 0x7bff},   {65519.0f, 0x7bff},
-      {65520.0f, 0x7c00}, {-infinity, 0xfc00},  {0x1p-24f, 0x0001},   {0x1p-25f, 0x0000},   {0x1.8p-24f, 0x0002},
-      {0x1p-14f, 0x0400}, {0x1.ff8p-15f, 0x03ff}, {0x1.ffcp-15f, 0x0400}, {1.0f + 0x1p-11f, 0x3c00}, {1.0f + 0x3p-11f, 0x3c02}};
+      {0.0f, 0x0000},         {-0.0f, 0x8000},           {1.0f, 0x3c00},           {65504.0f, 0x7bff},
+      {65519.0f, 0x7bff},     {65520.0f, 0x7c00},        {-infinity, 0xfc00},      {0x1p-24f, 0x0001},
+      {0x1p-25f, 0x0000},     {0x1.8p-24f, 0x0002},      {0x1p-14f, 0x0400},       {0x1.ff8p-15f, 0x03ff},
+      {0x1.ffcp-15f, 0x0400}, {1.0f + 0x1p-11f, 0x3c00}, {1.0f + 0x3p-11f, 0x3c02}};
   for (const auto& [value, bits] : known) {
     std::uint16_t found;
     to_half(&value, &found, 1);

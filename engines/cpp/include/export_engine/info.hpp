@@ -54,12 +54,12 @@ struct SamplerInfo {
   std::int64_t steps = 0;
   float guidance_scale = 1;
   bool guided = false;
-  std::string latent;              // the input that takes it
-  std::vector<Dimension> shape;    // of one latent
+  std::string latent;            // the input that takes it
+  std::vector<Dimension> shape;  // of one latent
   float init_noise_sigma = 1;
-  bool pixels = false;             // whether finished latents are pictures in [−1, 1]
-  std::vector<double> schedule;    // the scheduler's timesteps
-  std::vector<double> timesteps;   // what the input `timestep` is fed at each step
+  bool pixels = false;            // whether finished latents are pictures in [−1, 1]
+  std::vector<double> schedule;   // the scheduler's timesteps
+  std::vector<double> timesteps;  // what the input `timestep` is fed at each step
   std::optional<Portable> portable;
   std::string why_not_portable;
 };

@@ -10,7 +10,7 @@
 namespace export_engine {
 
 struct SampleOptions {
-  std::optional<float> guidance_scale;      // in place of the bundle's; of guided models alone
+  std::optional<float> guidance_scale;        // in place of the bundle's; of guided models alone
   std::function<bool(std::int64_t)> on_step;  // called before each step of each batch; false ends the sampling
 };
 

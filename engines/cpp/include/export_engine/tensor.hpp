@@ -13,9 +13,7 @@ namespace export_engine {
 
 enum class DType { fp32 = 0, fp16 = 1, int64 = 2 };  // the values of ee_dtype in export_engine.h
 
-constexpr std::size_t size_of(DType dtype) {
-  return dtype == DType::fp32 ? 4 : dtype == DType::fp16 ? 2 : 8;
-}
+constexpr std::size_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : dtype == DType::fp16 ? 2 : 8; }
 
 using Shape = std::vector<std::int64_t>;
 
