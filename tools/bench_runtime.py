@@ -145,7 +145,8 @@ def beside_cpp(program: Path | None, path: Path, engine: Engine, threads: int, r
     if program is None or not program.is_file():
         why = f"not timed: no program at {program}" if program else "not timed: give --cpp"
         return {"what": what, "value": None, "interval": None, "limit": MOST_CPP, "passed": None, "detail": why}
-    command = [str(program.resolve()), str(path), "--engine", engine.name, "--threads", str(threads), "--bench", str(calls)]
+    asked = {"--engine": engine.name, "--threads": threads, "--bench": calls}
+    command = [str(program.resolve()), str(path), *(str(part) for pair in asked.items() for part in pair)]
     theirs, ours = [], []
     for _ in range(rounds):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
