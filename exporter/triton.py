@@ -45,8 +45,8 @@ def triton(bundle: Bundle, out: Path, *, native_ops: str | None = None) -> Artif
             f"{bundle.path}: Triton serves none of its engines ({', '.join(entries)}): {WHY_LEFT_OUT}",
             fix="build one for it: export-engine build … --backend ort, and add it with --engine",
         )
-    if native_ops is not None and native.library() is None:
-        raise UserError(f"there are no native kernels to serve with: {native.why_not()}", fix="leave out --triton-ops")
+    if native_ops is not None:
+        _check_ops(bundle, served)
     request = Request(KIND, {"bundle": bundle.artifact.digest}, {"ops": native_ops}, versions() | ort.fingerprint())
     if (made := artifacts.current(out, request)) is not None:
         return made
@@ -55,6 +55,17 @@ def triton(bundle: Bundle, out: Path, *, native_ops: str | None = None) -> Artif
         models = {_model_name(bundle, name): _place(bundle, name, draft.path, native_ops) for name in served}
         draft.info = {"models": models, "left_out": {n: WHY_LEFT_OUT for n in entries if n not in served}}
     return artifacts.open_artifact(out, KIND)
+
+
+def _check_ops(bundle: Bundle, served: Sequence[str]) -> None:
+    if native.library() is None:
+        raise UserError(f"there are no native kernels to serve with: {native.why_not()}", fix="leave out --triton-ops")
+    if not any(_looks_up(bundle.engine(name)) for name in served):
+        raise UserError(f"{bundle.path}: none of its engines looks codebooks up", fix="leave out --triton-ops")
+
+
+def _looks_up(engine: Artifact) -> bool:
+    return bool((engine.info["session"] or {}).get("codebook_ops"))
 
 
 def tell(made: Artifact) -> None:
@@ -77,7 +88,7 @@ def _place(bundle: Bundle, name: str, root: Path, native_ops: str | None) -> Jso
     engine, model = bundle.engine(name), _model_name(bundle, name)
     folder = root / model
     (folder / VERSION).mkdir(parents=True)
-    ops = native_ops if (engine.info["session"] or {}).get("codebook_ops") else None
+    ops = native_ops if _looks_up(engine) else None
     place = {"ort": _place_onnx, "trt": _place_plan}[engine.info["backend"]]
     said = place(bundle, name, folder, ops)
     notes = [*said.pop("notes"), *_notes(bundle, engine)]
@@ -85,7 +96,7 @@ def _place(bundle: Bundle, name: str, root: Path, native_ops: str | None) -> Jso
         shutil.copyfile(engine.file(schedule.FILE), folder / schedule.FILE)
     batched = _batched(bundle)
     settings = {
-        "title": f"{bundle.info['model']['name']}, recipe {bundle.info['recipe']['name']}, engine {name}",
+        "title": " ".join(f"{bundle.info['model']['name']}, recipe {bundle.info['recipe']['name']}, {name}".split()),
         "name": model,
         "backend": BACKENDS[engine.info["backend"]],
         "max_batch": bundle.info["axes"]["batch"]["max"] if batched else 0,
@@ -137,7 +148,7 @@ def _place_onnx(bundle: Bundle, name: str, folder: Path, ops: str | None) -> Jso
     notes += [f"The server must find this folder's {library.name} at {ops}."] if library else []
     if optimized and not ort.sums_saturate() and _multiplies_integers(target):
         notes.append(
-            "Served on an x86 CPU, it needs one with VNNI: on others INT8 sums saturate. Write it on one of them."
+            "Served on an x86 CPU, it needs one with VNNI: on others INT8 sums saturate; for those, write it on one."
         )
     return {"instances": "KIND_CPU", "optimized": optimized, "notes": notes}
 
@@ -149,7 +160,7 @@ def _optimize(engine: Artifact, target: Path, library: Path | None) -> None:
     options = ort.session_options(engine.info["graph"])
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     ort.dump_to(options, target)
-    _open(engine.file(MODEL), options, library, ort.disabled_optimizers(engine.info["graph"]))
+    _open(engine.file(MODEL), options, library, engine.info["session"]["disabled_optimizers"])
 
 
 def _open_as_triton(model: Path, optimized: bool, library: Path | None) -> onnxruntime.InferenceSession:
@@ -237,8 +248,8 @@ def _recorded(bundle: Bundle, engine: Artifact, name: str) -> NDArray[Any]:
     feeds = golden.read(bundle, f"{bundle.info['golden']['steps'][0]}/feeds/")
     if name != schedule.ROW:
         return feeds[name]
-    table: NDArray[np.float32] = np.load(engine.file(schedule.FILE), allow_pickle=False)
-    return table[feeds["step"]]
+    found: NDArray[Any] = np.load(engine.file(schedule.FILE), allow_pickle=False)[feeds["step"]]
+    return found
 
 
 def _render(settings: Json) -> str:

@@ -16,11 +16,12 @@ from google.protobuf import descriptor_pool, message_factory, text_format
 from onnx import TensorProto, helper, numpy_helper
 
 import engines
-from engines import artifacts, schedule
+from engines import artifacts, golden, schedule
 from engines.backends import _codebooks, ort
 from engines.bundle import open_bundle
 from engines.errors import UserError
 from exporter import triton
+from exporter.bundle import opened
 from exporter.formats.codebook import Format
 
 SCHEMA = ROOT / "tests/exporter/triton_model_config/model_config.binpb"
@@ -271,6 +272,25 @@ def test_a_repository_is_sealed_and_is_not_written_twice(tmp_path):
     (foreign / "kept").write_text("mine")
     with pytest.raises(UserError, match="holds other things"):
         triton.triton(bundle, foreign)
+
+
+def test_kernels_that_nothing_needs_are_refused(tmp_path, library):
+    with pytest.raises(UserError, match="none of its engines looks codebooks up"):
+        served(tmp_path, native_ops="/models/codebook_ops.so")
+
+
+def test_a_runs_engine_draws_the_same_served_as_loaded(run_of, tmp_path):
+    run, repository = run_of("int8"), tmp_path / "repository"
+    with opened(run, None, near=repository) as bundle:
+        made = triton.triton(bundle, repository)
+        alone = engines.load(bundle.path)
+        feeds = {name: value[:8] for name, value in golden.read(bundle, "0/feeds/").items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"]
+    (name,) = made.info["models"]
+    assert name == "digits-dit-int8-ort"
+    session = as_triton(repository / name)
+    (output,) = session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
+    np.testing.assert_allclose(output, alone.run(feeds)["sample"], rtol=0, atol=1e-5)
 
 
 def test_somewhere_to_write_to_is_asked_for(cli):
