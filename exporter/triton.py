@@ -42,7 +42,7 @@ def triton(bundle: Bundle, out: Path, *, native_ops: str | None = None) -> Artif
     served = [name for name, entry in entries.items() if entry["backend"] in BACKENDS]
     if not served:
         raise UserError(
-            f"{bundle.path}: Triton serves none of its engines ({', '.join(entries)}): {WHY_LEFT_OUT}",
+            f"{_title(bundle)}: Triton serves none of its engines ({', '.join(entries)}): {WHY_LEFT_OUT}",
             fix="build one for it: export-engine build … --backend ort, and add it with --engine",
         )
     if native_ops is not None:
@@ -61,7 +61,7 @@ def _check_ops(bundle: Bundle, served: Sequence[str]) -> None:
     if native.library() is None:
         raise UserError(f"there are no native kernels to serve with: {native.why_not()}", fix="leave out --triton-ops")
     if not any(_looks_up(bundle.engine(name)) for name in served):
-        raise UserError(f"{bundle.path}: none of its engines looks codebooks up", fix="leave out --triton-ops")
+        raise UserError(f"{_title(bundle)}: none of its engines looks codebooks up", fix="leave out --triton-ops")
 
 
 def _looks_up(engine: Artifact) -> bool:
@@ -75,6 +75,10 @@ def tell(made: Artifact) -> None:
     for name, model in made.info["models"].items():
         for line in model["notes"]:
             progress.note(f"note: {name}: {line}")
+
+
+def _title(bundle: Bundle) -> str:
+    return " ".join(f"{bundle.info['model']['name']}, recipe {bundle.info['recipe']['name']}".split())
 
 
 def _model_name(bundle: Bundle, engine: str) -> str:
@@ -96,7 +100,7 @@ def _place(bundle: Bundle, name: str, root: Path, native_ops: str | None) -> Jso
         shutil.copyfile(engine.file(schedule.FILE), folder / schedule.FILE)
     batched = _batched(bundle)
     settings = {
-        "title": " ".join(f"{bundle.info['model']['name']}, recipe {bundle.info['recipe']['name']}, {name}".split()),
+        "title": f"{_title(bundle)}, {name}",
         "name": model,
         "backend": BACKENDS[engine.info["backend"]],
         "max_batch": bundle.info["axes"]["batch"]["max"] if batched else 0,
@@ -193,7 +197,7 @@ def _check(bundle: Bundle, name: str, session: onnxruntime.InferenceSession) -> 
     rows = golden.step_rows(Engine(bundle, name, artifact, runner=runner), bundle)
     if wrong := [row for row in rows if not row["passed"]]:
         raise UserError(
-            f"{bundle.path}: engine {name!r}, opened as Triton opens it, is off: {golden.line(wrong[0])}",
+            f"{_title(bundle)}: engine {name!r}, opened as Triton opens it, is off: {golden.line(wrong[0])}",
             fix="serve it by engines.load instead: Triton cannot set what this graph needs",
         )
 
