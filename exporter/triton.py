@@ -93,9 +93,9 @@ def _place(bundle: Bundle, name: str, root: Path, native_ops: str | None) -> Jso
     folder = root / model
     (folder / VERSION).mkdir(parents=True)
     ops = native_ops if _looks_up(engine) else None
-    place = {"ort": _place_onnx, "trt": _place_plan}[engine.info["backend"]]
-    said = place(bundle, name, folder, ops)
-    notes = [*said.pop("notes"), *_notes(bundle, engine)]
+    plan = engine.info["backend"] == "trt"
+    said = _place_plan(engine, folder) if plan else _place_onnx(bundle, name, folder, ops)
+    said["notes"] += _notes(bundle, engine)
     if engine.info["step_input"] == "row":
         shutil.copyfile(engine.file(schedule.FILE), folder / schedule.FILE)
     batched = _batched(bundle)
@@ -108,11 +108,10 @@ def _place(bundle: Bundle, name: str, root: Path, native_ops: str | None) -> Jso
         "stepped": engine.info["step_input"] is not None,
         "warmup": _write_warmup(bundle, engine, folder / WARMUP, batched),
         "native": ops,
-        "notes": notes,
         **said,
     }
     (folder / CONFIG).write_text(_render(settings), encoding="utf-8")
-    return {"engine": name, "digest": engine.digest, "notes": notes}
+    return {"engine": name, "digest": engine.digest, "notes": said["notes"]}
 
 
 def _batched(bundle: Bundle) -> bool:
@@ -121,8 +120,7 @@ def _batched(bundle: Bundle) -> bool:
     return bool(batch["min"] == 1 and batch["multiple"] == 1)
 
 
-def _place_plan(bundle: Bundle, name: str, folder: Path, ops: str | None) -> Json:
-    engine = bundle.engine(name)
+def _place_plan(engine: Artifact, folder: Path) -> Json:
     ort.link_or_copy(engine.file(engine.info["file"]), folder / VERSION / "model.plan")
     built_with = ", ".join(f"{k} {v}" for k, v in engine.info["versions"].items() if k != "export_engine")
     notes = [f"The plan runs on {engine.info['gpu']} alone, in a server that has {built_with}; it was not run here."]
