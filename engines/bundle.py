@@ -136,11 +136,13 @@ def open_bundle(path: Path | str) -> Bundle:
     if not path.is_file():
         return Bundle(_opened(path))
     unpacked = tempfile.TemporaryDirectory(prefix="export-engine-")
+    folder = Path(unpacked.name) / path.stem
     try:
-        folder = Path(unpacked.name) / path.stem
         _unpack(path, folder)
         return Bundle(_opened(folder), unpacked)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, UserError):  # what the user knows is the zip
+            error.what = error.what.replace(str(folder), str(path))
         unpacked.cleanup()
         raise
 
