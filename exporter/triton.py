@@ -250,8 +250,8 @@ def _recorded(bundle: Bundle, engine: Artifact, name: str) -> NDArray[Any]:
     feeds = golden.read(bundle, f"{bundle.info['golden']['steps'][0]}/feeds/")
     if name != schedule.ROW:
         return feeds[name]
-    found: NDArray[Any] = np.load(engine.file(schedule.FILE), allow_pickle=False)[feeds["step"]]
-    return found
+    steps: NDArray[np.int64] = feeds["step"]
+    return schedule.read_table(engine, len(engine.info["graph"]["fed_timesteps"]))[steps]
 
 
 def _render(settings: Json) -> str:

@@ -16,11 +16,6 @@ SHAPE = (1, 2, 4)  # of a latent: other sides than 1, so that a wrong broadcast 
 AXES = {"batch": {"min": 1, "opt": 2, "max": 8, "multiple": 1}, "width": {"min": 2, "opt": 4, "max": 8, "multiple": 2}}
 TIMESTEPS = [900.0, 500.0, 100.0]
 IDENTITY = {"scale_input": 1.0, "x0_latent": 0.0, "x0_prediction": 0.0, "next_x0": 0.0, "next_latent": 1.0}
-STEP_INPUTS = {
-    None: [],
-    "index": [{"name": "step", "dtype": "int64", "shape": ["batch"]}],
-    "row": [{"name": schedule.ROW, "dtype": "fp32", "shape": ["batch", 2]}],
-}
 PORTABLE = {"clip": None, "steps": [{**IDENTITY, "next_prediction": -0.25}] * 3}
 
 
@@ -83,7 +78,6 @@ def graph_info(step_input=None, dtype="fp32"):
         {"name": "hidden_states", "dtype": dtype, "shape": ["batch", 1, 2, "width"]},
         {"name": "timestep", "dtype": "int64", "shape": ["batch"]},
         {"name": "class_labels", "dtype": "int64", "shape": ["batch"]},
-        *STEP_INPUTS[step_input],
     ]
     if step_input == "index":
         inputs.append({"name": "step", "dtype": "int64", "shape": ["batch"]})

@@ -97,8 +97,8 @@ def overhead(engine: Engine, session: Any, feeds: Feeds, calls: int):
     types = {value.name: np.float16 if value.type == "tensor(float16)" else None for value in session.get_inputs()}
     given = dict(feeds)
     if schedule.ROW in types:
-        table = np.load(engine.artifact.file(schedule.FILE), allow_pickle=False)
-        given[schedule.ROW] = table[feeds["step"]]
+        steps = len(engine.artifact.info["graph"]["fed_timesteps"])
+        given[schedule.ROW] = schedule.read_table(engine.artifact, steps)[feeds["step"]]
     bare = {name: given[name] if kind is None else given[name].astype(kind) for name, kind in types.items()}
     ours, theirs = paired(lambda: engine.run(feeds), lambda: session.run(None, bare), calls)
     what = f"Engine.run over its bare session, {len(feeds['timestep'])} rows"

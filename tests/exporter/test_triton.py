@@ -221,6 +221,7 @@ def with_plan(backend):
             versions={"tensorrt": "11.0.0", "export_engine": "0"},
         )  # fmt: skip
         info["graphs"]["fp16"] = info["graphs"]["fp32"] | {"info": bundles.graph_info(dtype="fp16")}
+        info["golden"]["limits_db"]["fp16"] = info["golden"]["limits_db"]["fp32"]
 
     return edit
 
