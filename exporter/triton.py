@@ -144,10 +144,9 @@ def _place_onnx(bundle: Bundle, name: str, folder: Path, ops: str | None) -> Jso
     if library is not None:
         shutil.copyfile(library, folder / library.name)
     _check(bundle, name, _open_as_triton(target, optimized, library))
-    notes = [
-        f"Written by ONNX Runtime {ort.fingerprint()['onnxruntime']}: the server's should be no older."
-    ] * optimized
-    notes += [f"The server must find this folder's {library.name} at {ops}."] if library else []
+    notes = [f"The server must find this folder's {library.name} at {ops}."] if library else []
+    if optimized:
+        notes.append(f"Written by ONNX Runtime {ort.fingerprint()['onnxruntime']}: the server's should be no older.")
     if optimized and not ort.sums_saturate() and _multiplies_integers(target):
         notes.append(
             "Served on an x86 CPU, it needs one with VNNI: on others INT8 sums saturate; for those, write it on one."
@@ -183,9 +182,14 @@ def _open(
     options.log_severity_level = 3
     if library is not None:
         options.register_custom_ops_library(str(library))
-    return onnxruntime.InferenceSession(
-        str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
-    )
+    try:
+        return onnxruntime.InferenceSession(
+            str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+        )
+    except Exception as error:
+        raise UserError(
+            f"ONNX Runtime cannot open {model.name} as Triton would: {error}", fix="serve it by engines.load instead"
+        ) from error
 
 
 def _check(bundle: Bundle, name: str, session: onnxruntime.InferenceSession) -> None:
