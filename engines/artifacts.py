@@ -290,6 +290,17 @@ def refuse_beneath_file(path: Path) -> None:
             raise UserError(f"{path}: cannot be a folder: {where}", fix="choose another --out, or move the file away")
 
 
+def refuse_no_folder(path: Path) -> None:
+    """Refuses a file whose folder is not there: where one of many is meant, a new folder would hide a mistyped name."""
+    if not path.parent.is_dir():
+        missing = next(place for place in reversed(path.parents) if not place.is_dir())
+        if missing.exists():
+            raise UserError(f"{path}: {missing} is a file, so nothing can lie beneath it", fix="check the path")
+        raise UserError(
+            f"{path}: there is no folder {missing}", fix=f"check the path, or make the folder: mkdir -p {path.parent}"
+        )
+
+
 def refuse_foreign(path: Path) -> None:
     """Refuses to write over anything that is not an artifact of ours, or beneath a file."""
     refuse_beneath_file(path)

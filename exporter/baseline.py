@@ -152,8 +152,7 @@ def write(found: Measured, path: Path) -> None:
     """Writes a baseline whole or not at all."""
     content = {"schema_version": SCHEMA_VERSION, "kind": "baseline", **asdict(found)}
     with artifacts.writing_errors(path):
-        artifacts.refuse_beneath_file(path.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.refuse_no_folder(path)
     artifacts.write_json(path, content)
 
 
