@@ -70,7 +70,7 @@ def opened(folder: Path) -> tuple[Measured, list[Json]]:
     again = f"validate again: export-engine validate {folder}"
     if not (folder / REPORT).is_file():
         raise UserError(f"{folder}: has no {REPORT}", fix=again)
-    report = read_json(folder / REPORT)
+    report = read_json(folder / REPORT, fix=f"remove it and {again}")
     try:
         checks = [{key: one[key] for key in ("name", "value", "unit", "limit", "passed")} for one in report["checks"]]
         return baseline.measured(folder, run, report), checks

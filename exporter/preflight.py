@@ -90,6 +90,7 @@ def preflight(found: Planned, targets: Sequence[Target], *, out: Path | None = N
         "memory_bytes": total_bytes(),
         "rates": {key: estimate.RATES[key] for key in ("machine", "command")},
         "versions": installed.report(),
+        "refused": None,
         "proofs": [row for target in targets for row in proofs(found, target)] if proved else [],
         "not_proved": [] if proved else ["no small layer was built (--no-prove)"],
     }

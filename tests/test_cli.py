@@ -42,8 +42,7 @@ def assert_refused(process, *words):
 
 
 def assert_nothing_left(folder):
-    left = [path.name for path in folder.rglob("*") if path.name not in (".lock",)] if folder.exists() else []
-    assert left == []
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -366,6 +365,22 @@ def test_inspecting_a_run_names_the_artifacts_in_it(cli, tmp_path):
     (tmp_path / "run" / "quantized").mkdir(parents=True)
     (tmp_path / "run" / "quantized" / "manifest.json").write_text("{}")
     assert_refused(cli("inspect", tmp_path / "run"), "folder of artifacts", "quantized")
+
+
+def test_a_folder_that_is_no_artifact_is_told_what_one_is(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path, why in ((tmp_path, "holds no manifest.json"), (tmp_path / "gone", "no such folder")):
+        assert_refused(invoke("inspect", path), f"{path}: is no artifact: ", why, "RUN/quantized")
+    assert_refused(invoke("inspect", tmp_path / "file"), "it is a file")
+
+
+@pytest.mark.parametrize("name", ["config.json", "sampler.json", "model_index.json", "scheduler/scheduler_config.json"])
+def test_a_file_of_a_model_that_is_no_json_is_for_its_owner_to_mend(name, model, tmp_path):
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text("{")
+    process = invoke("calibrate", model, "--out", tmp_path / "out", "--samples", 1, "--steps", 2)
+    assert_refused(process, f"{model / name}: not valid JSON", "mend it, or")
+    assert "artifact" not in process.stderr
 
 
 def test_a_run_into_a_folder_with_other_things_is_refused(cli, tiny_folder, tiny_recipe, tmp_path):

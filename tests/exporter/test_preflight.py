@@ -52,6 +52,17 @@ def test_json_is_one_document_with_every_part(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("model", "what"), [("digits-dit", "is fp8, which sm80"), ("digit-dit", "unknown model")])
+def test_a_refusal_is_a_json_document_too(model, what):
+    result = invoke(model, "--recipe", "fp8", "--gpu", "sm80", "--json")
+    assert result.exit_code == 2
+    told = json.loads(result.stdout)
+    assert told["model"] == {"name": model}
+    assert what in told["refused"]["what"]
+    assert told["refused"]["what"] in result.stderr
+    assert told["refused"]["fix"] in result.stderr
+
+
 def test_the_tables_have_what_json_has():
     result = invoke("digits-dit", "--recipe", "int4", "--backend", "ort", "--no-prove")
     assert result.exit_code == 0, result.output
