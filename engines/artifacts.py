@@ -120,7 +120,8 @@ def read_json(path: Path, *, fix: str = "mend it, or restore the file as it was"
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise UserError(
-                f"{path}: {path.stat().st_size} bytes, more than {MAX_MANIFEST_BYTES}", fix="check that this is the file you mean"
+                f"{path}: {path.stat().st_size} bytes, more than {MAX_MANIFEST_BYTES}",
+                fix="check that this is the file you mean",
             )
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
@@ -185,8 +186,8 @@ def _no_artifact(path: Path) -> UserError:
     why = f"it holds no {MANIFEST}" if path.is_dir() else "it is a file" if path.exists() else "no such folder"
     return UserError(
         f"{path}: is no artifact: {why}",
-        fix=f"give the folder of a calibration set, quantized model, graph or engine, in which a stage wrote {MANIFEST}, "
-        "e.g. RUN/quantized",
+        fix=f"give the folder of a calibration set, quantized model, graph or engine, e.g. RUN/quantized: a stage wrote its "
+        f"{MANIFEST}",
     )
 
 

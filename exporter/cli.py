@@ -327,6 +327,8 @@ def inspect(artifact: Path, as_json: bool) -> None:
     click.echo(f"{artifact}: {manifest['kind']}, digest {opened.digest}")
     for key in ("made_from", "settings", "versions"):
         for name, value in manifest[key].items():
+            if value is None:  # it has none: a GPU, for an engine that runs on any machine
+                continue
             click.echo(f"  {key.replace('_', ' ')}  {name}: {value}")
     for name, entry in manifest["files"].items():
         click.echo(f"  {entry['bytes']:>12,} bytes  {name}  sha256 {entry['sha256'][:16]}…")
@@ -336,7 +338,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
 
         click.echo(f"  {_held(manifest['info'])}")
         rows = [row.to_json() for row in audit(opened)]
-        progress.stdout().print(audits.table(rows))
+        progress.print_whole(audits.table(rows))
         for line in audits.summary(rows):
             click.echo(f"  {line}")
     if manifest["kind"] == "quantized":

@@ -89,6 +89,11 @@ class Training:
     blocks: Sequence[str]
     options: Any
 
+    @property
+    def title(self) -> str:
+        first, *rest = self.blocks
+        return f"training of {first}" + (f" … {rest[-1]}" if rest else "")
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -138,7 +143,7 @@ def _quantize(work: Workload) -> Estimate:
         "float model, a weight encoded": work.float_bytes + _encoding(work),
         "quantized model, written": work.code_bytes + _rest(work) + 2 * min(SHARD_BYTES, work.stored_bytes),
         "quantized model in fp64": work.wide_bytes + _fp64_call(work),
-        **{f"training {number}": size for number, size in enumerate(_trained(work), 1)},
+        **{one.title: size for one, size in zip(work.trainings, _trained(work), strict=True)},
     }
     phase = max(phases, key=lambda name: phases[name])
     reference = min(REFERENCE_STEPS, work.recorded) * min(REFERENCE_ROWS, work.samples * work.guided)

@@ -50,7 +50,7 @@ def assert_nothing_left(folder):
     [
         (("digit-dit", "--recipe", "fp8"), ("digit-dit", "digits-dit")),
         (("digits-dit", "--recipe", "fp9"), ("recipe 'fp9'", "'fp8'")),
-        (("digits-dit", "--recipe", "fp8", "--backend", "trt-rxt"), ("backend 'trt-rxt'", "trt-rtx")),
+        (("digits-dit", "--recipe", "fp8", "--backend", "tensorrt"), ("backend 'tensorrt'", "did you mean 'trt-rtx'?")),
         (("digits-dit", "--recipe", "fp8", "--backend", "trt-rtx", "--gpu", "sm98"), ("'sm98'", "sm89")),
         (("digits-dit", "--recipe", "fp8", "--dtype", "fp61"), ("'fp61'", "fp16")),
         (("digits-dit", "--recipe", "fp8", "--steps", "5000"), ("5000", "1000")),

@@ -14,6 +14,7 @@ from engines.plans import PlanRow
 from engines.runner import Runner
 from engines.schedule import with_steps
 
+ALSO = {"tensorrt": "trt-rtx", "tensorrt-rtx": "trt-rtx", "onnxruntime": "ort"}  # what people call them
 Layers = Mapping[str, Mapping[str, str | None]]  # path → its types: weight, activation
 
 
@@ -81,7 +82,7 @@ def resolve_decode(name: str, decode: str | None) -> str | None:
 def load(name: str) -> Backend:
     """Imports a backend by name."""
     if name not in names():
-        raise unknown("backend", name, names())
+        raise unknown("backend", name, names(), also=ALSO)
     return cast(Backend, importlib.import_module(f"engines.backends.{name.replace('-', '_')}"))
 
 

@@ -22,10 +22,10 @@ def test_a_folder_that_was_there_stays(tmp_path):
 
 def test_what_was_written_stays_and_goes_on_under_the_same_lock(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="another run is writing here"), locked(out):
+    with locked(out):
         (out / "calibration").mkdir()
-        with locked(out):
-            pass
+        with pytest.raises(UserError, match="another run is writing here"), locked(out):
+            pytest.fail("two at once")
     assert sorted(path.name for path in out.iterdir()) == [".lock", "calibration"]
     with locked(out):
         pass
