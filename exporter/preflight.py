@@ -213,7 +213,8 @@ def workload(found: Planned, targets: Sequence[Target]) -> Workload:
         engines={target.backend: graphs[target.dtype] for target in targets},
         dtypes={target.backend: target.dtype for target in targets},
         quantizers=sum(spec.activation is not None for spec in plan.specs.values()) + len(plan.points),
-        rows={most: family.rows(most) for most in (BATCH, REFERENCE_ROWS, ROWS)}, trainings=trainings(found, layers, watched),
+        rows={most: family.rows(most) for most in (BATCH, REFERENCE_ROWS, ROWS)},
+        trainings=trainings(found, layers, watched),
     )  # fmt: skip
 
 
