@@ -186,8 +186,8 @@ def _no_artifact(path: Path) -> UserError:
     why = f"it holds no {MANIFEST}" if path.is_dir() else "it is a file" if path.exists() else "no such folder"
     return UserError(
         f"{path}: is no artifact: {why}",
-        fix=f"give the folder of a calibration set, quantized model, graph or engine (RUN/quantized, say): a stage left "
-        f"a {MANIFEST} in it",
+        fix="give the folder of a calibration set, quantized model, graph or engine, e.g. RUN/quantized: a stage left "
+        f"{MANIFEST} in it",
     )
 
 
