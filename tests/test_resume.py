@@ -129,7 +129,7 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_works(fold
         while not (out / ".calibration.partial").exists():
             assert first.poll() is None
             time.sleep(0.002)
-        second = cli("run", folder, "--recipe", slow_recipe, "--out", out)
+        second = cli("run", f"random:{folder}", "--recipe", slow_recipe, "--out", out)
         assert second.returncode == 2
         assert "another run is writing here" in second.stderr
     finally:
