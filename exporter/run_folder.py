@@ -62,9 +62,9 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if [path.name for path in out.iterdir()] == [LOCK]:
-            (out / LOCK).unlink()
-            with contextlib.suppress(OSError):  # somebody else may have written beside it
+        with contextlib.suppress(OSError):  # somebody else may have written there meanwhile, or taken it away
+            if [path.name for path in out.iterdir()] == [LOCK]:
+                (out / LOCK).unlink()
                 for place in made:
                     place.rmdir()
 
