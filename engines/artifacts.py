@@ -180,7 +180,10 @@ def kind_of(path: Path) -> str:
 
 def _no_artifact(path: Path) -> UserError:
     """Returns the error for a path where no artifact lies; it names those that lie beneath."""
-    if parts := sorted(path.glob(f"**/{MANIFEST}")):
+    parts: list[Path] = []
+    with contextlib.suppress(OSError):  # what may not be read, or goes meanwhile, is nothing to name
+        parts = sorted([*path.glob(f"*/{MANIFEST}"), *path.glob(f"*/*/{MANIFEST}")])  # as deep as a run's lie
+    if parts:
         names = ", ".join(part.parent.relative_to(path).as_posix() for part in parts[:8])
         return UserError(f"{path}: is a folder of artifacts, not one", fix=f"name one of them: {names}")
     why = f"it holds no {MANIFEST}" if path.is_dir() else "it is a file" if path.exists() else "no such folder"
