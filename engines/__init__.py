@@ -1,1 +1,27 @@
-"""What runs without torch: artifacts, engine backends and their runners. An application embeds this package."""
+"""What runs without torch: bundles, artifacts, engine backends and their runners. An application embeds this package.
+
+`engines.load("bundle/")` is the way in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engines.errors import UserError
+    from engines.loading import Engine, load
+
+__all__ = ["Engine", "UserError", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what an application asks for when it does, so that the tools' start stays quick."""
+    if name in ("Engine", "load"):
+        from engines import loading
+
+        return getattr(loading, name)
+    if name == "UserError":
+        from engines.errors import UserError
+
+        return UserError
+    raise AttributeError(f"module 'engines' has no attribute {name!r}")

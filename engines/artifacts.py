@@ -16,9 +16,10 @@ from typing import Any
 
 from engines.errors import UserError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 TIMINGS = "timings.json"  # measured, so outside every digest
+NO_DIGEST = "0" * 64  # stands in a manifest for its own digest while that is taken
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest is text about an artifact; more than this is not one of ours
 Json = dict[str, Any]
 
@@ -186,16 +187,28 @@ def _read(path: Path) -> Artifact:
     if missing:
         raise UserError(f"{path / MANIFEST}: lacks {', '.join(sorted(missing))}", fix="make the artifact again")
     if manifest["schema_version"] != SCHEMA_VERSION:
+        newer = isinstance(manifest["schema_version"], int) and manifest["schema_version"] > SCHEMA_VERSION
         raise UserError(
             f"{path / MANIFEST}: schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}",
-            fix="make the artifact again with this version",
+            fix="update export-engine" if newer else "make the artifact again with this version",
         )
     if not _well_formed(manifest):
         raise UserError(f"{path / MANIFEST}: malformed", fix=f"delete {path} and make it again")
-    content = {key: value for key, value in manifest.items() if key != "digest"}
-    if digest_json(content) != manifest["digest"]:
+    if not _sealed(path / MANIFEST, manifest["digest"]):
         raise UserError(f"{path / MANIFEST}: was changed after it was written", fix=f"delete {path} and make it again")
     return Artifact(path, manifest)
+
+
+def seal(path: Path, manifest: Json) -> None:
+    """Writes a manifest whose `digest` is that of the file itself, the digest's own characters being zeros."""
+    write_json(path, manifest | {"digest": NO_DIGEST})
+    write_json(path, manifest | {"digest": digest_file(path)})
+
+
+def _sealed(path: Path, digest: str) -> bool:
+    text = path.read_bytes()
+    own = digest.encode()
+    return text.count(own) == 1 and hashlib.sha256(text.replace(own, NO_DIGEST.encode())).hexdigest() == digest
 
 
 def _well_formed(manifest: Json) -> bool:
@@ -226,6 +239,7 @@ class Draft:
         self.path = path
         self.info: Json = {}
         self.timings: Json = {}
+        self.timed = True  # whether the artifact holds its timings
         self.resumed = resumed
 
 
@@ -269,9 +283,10 @@ def _finish(draft: Draft, path: Path, request: Request, started: float) -> None:
         _fsync(file)
     manifest: Json = {"schema_version": SCHEMA_VERSION, **request.to_json(), "request": request.digest}
     manifest |= {"files": files, "info": draft.info}
-    manifest["digest"] = digest_json(manifest)
-    write_json(draft.path / MANIFEST, manifest)
-    write_json(draft.path / TIMINGS, {"seconds": time.monotonic() - started, "resumed": draft.resumed, **draft.timings})
+    seal(draft.path / MANIFEST, manifest)
+    if draft.timed:
+        spent = {"seconds": time.monotonic() - started, "resumed": draft.resumed}
+        write_json(draft.path / TIMINGS, spent | draft.timings)
     _fsync(draft.path)
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)

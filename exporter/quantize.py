@@ -34,6 +34,7 @@ from exporter.tensors import CodebookTensor, QuantizedTensor
 from exporter.versions import versions
 from exporter.watch import watch_inputs
 
+RECIPE = "recipe.json"
 BLOCKS = ".blocks"  # in a draft: what trained methods keep until all blocks are done
 HALF = "quantized_fp16"
 REFERENCE_STEPS = 5  # first and last included
@@ -68,6 +69,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         quantized.save(model, draft.path)
         scaling.save(factors, draft.path)
         artifacts.write_json(draft.path / RANGES, seen.to_json(_ends(model)))
+        artifacts.write_json(draft.path / RECIPE, dict(recipe.source))
         draft.info = _info(checkpoint, recipe, calibration, model, plan, factors) | {"training": training.record()}
         # last: it leaves the model in fp16
         overflow = _add_quantized_outputs(reference, model, family, floors=plan.deployable)

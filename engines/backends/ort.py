@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 DECODES = ("run", "load")
+STANDARD = {"fp8", "int8", "int4"}  # weights that ONNX has a type for; others are looked up by ops of ours
 DTYPE = "fp32"  # on a CPU, fp16 Q/DQ is not fused: eight matmuls took 260.8 ms against 11.0 ms
 # onnx.TensorProto.DataType by number, in the spelling of plans
 TYPES = {
@@ -140,6 +141,26 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+# MatMulNBits would otherwise quantize activations to int8, which no recipe asked for. A scale per channel becomes one
+# per block there: of 32 inputs, 13 % more bytes, unless of as many as pad least.
+CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1", "session.qdq_matmulnbits_block_size": "-1"}
+# Where sums saturate; elsewhere the fastest kernels are exact, and this would only slow them down.
+CONFIG_IF_SUMS_SATURATE = {"session.x64quantprecision": "1"}
+# With all cores: threads that spin while they wait keep those of torch, or of another process, from running.
+CONFIG_IF_SHARED = {"session.intra_op.allow_spinning": "0"}
+
+
+def session_record(graph: Json) -> Json:
+    """Returns what any program must set for a session to compute what the graph says."""
+    return {
+        "disabled_optimizers": disabled_optimizers(graph),
+        "config": CONFIG,
+        "config_if_sums_saturate": CONFIG_IF_SUMS_SATURATE,
+        "config_if_shared": CONFIG_IF_SHARED,
+        "codebook_ops": bool(graph["weights"]["by_format"].keys() - STANDARD) and graph["dtype"] == DTYPE,
+    }
+
+
 def session_options(graph: Json, threads: int = 0) -> onnxruntime.SessionOptions:
     """Returns options under which the session computes what the graph says."""
     import onnxruntime
@@ -147,27 +168,10 @@ def session_options(graph: Json, threads: int = 0) -> onnxruntime.SessionOptions
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    if not threads:  # threads that spin while they wait keep those of torch, or of another process, from running
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if sums_saturate():  # elsewhere the fastest kernels are exact, and this would only slow them down
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    # MatMulNBits would otherwise quantize activations to int8, which no recipe asked for.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    # A scale per channel becomes one per block there: of 32 inputs, 13 % more bytes, unless of as many as pad least.
-    options.add_session_config_entry("session.qdq_matmulnbits_block_size", "-1")
+    config = CONFIG | ({} if threads else CONFIG_IF_SHARED) | (CONFIG_IF_SUMS_SATURATE if sums_saturate() else {})
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
     return options
-
-
-def disabled_optimizers(graph: Json) -> list[str]:
-    """Returns the optimizers that would break or unfuse this graph."""
-    types = {kind for layer in graph["layers"].values() for kind in (layer["weight"], layer["activation"]) if kind}
-    types |= set(graph["points"].values())
-    disabled = []
-    if "fp8" in types:
-        disabled.append("QDQSelectorActionTransformer")  # makes a MatMulIntegerToFloat that has no fp8 kernel
-    if types:
-        disabled.append("MatMulAddFusion")  # makes a Gemm, which has no quantized kernel for a float bias
-    return disabled
 
 
 def open_session(

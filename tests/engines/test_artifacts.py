@@ -32,9 +32,7 @@ def resign(path: Path, change: Callable[[Json], object]) -> None:
     """Changes a manifest and gives it the digest that fits, as someone who means harm would."""
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
-    del manifest["digest"]
-    manifest["digest"] = digest_json(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    artifacts.seal(path / "manifest.json", manifest)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,252 @@
+"""Bundles: everything that an application loads, in one folder or one uncompressed zip, verified before it is used.
+
+docs/bundle.md is the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import stat
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines import artifacts
+from engines.artifacts import MANIFEST, MAX_MANIFEST_BYTES, Artifact, Json
+from engines.errors import UserError, unknown
+from engines.shape import NUMBER, Each, Maybe, fault
+
+KIND = "bundle"
+FORMAT_VERSION = 1
+GOLDEN = "golden.safetensors"
+MARK = b"export-engine sha256 "  # of a zip's comment, before the digest of all that comes before it
+DIGEST_CHARACTERS = 64
+CHUNK = 1 << 20
+
+_INPUT = {"name": str, "dtype": str, "shape": Each((int, str), list), "means": str}
+_AXIS = {"min": int, "opt": int, "max": int, "multiple": int}
+_ENGINE: Json = {
+    "folder": str, "file": str, "backend": str, "gpu": Maybe(str), "dtype": str, "decode": Maybe(str), "digest": str,
+    "versions": Each(str, dict), "weight_bytes": int, "resident_weight_bytes": int, "step_input": Maybe(str),
+    "session": Maybe(
+        {
+            "disabled_optimizers": Each(str, list), "config": Each(str, dict), "config_if_sums_saturate": Each(str, dict),
+            "config_if_shared": Each(str, dict), "codebook_ops": bool,
+        }
+    ),
+}  # fmt: skip
+_STEP = dict.fromkeys(
+    ("scale_input", "x0_latent", "x0_prediction", "next_x0", "next_latent", "next_prediction"), NUMBER
+)
+_SAMPLER: Json = {
+    "scheduler": dict, "steps": int, "guidance_scale": NUMBER, "guided": bool, "schedule": Each(NUMBER, list),
+    "timesteps": Each(NUMBER, list), "why_not_portable": Maybe(str),
+    "latent": {"input": str, "shape": Each(int, list), "init_noise_sigma": NUMBER, "pixels": bool},
+    "portable": Maybe({"clip": Maybe(NUMBER), "steps": Each(_STEP, list)}),
+}  # fmt: skip
+# What a graph's own record must hold for an engine of it to run.
+_GRAPH: Json = {
+    "dtype": str, "output": str, "inputs": Each({"name": str, "dtype": str, "shape": list}, list),
+    "axes": Each(_AXIS, dict), "timesteps": Each(NUMBER, list), "step_input": Maybe(str),
+    "fed_timesteps": Maybe(Each(NUMBER, list)), "points": Each(Maybe(str), dict), "weights": {"by_format": dict},
+    "layers": Each({"weight": Maybe(str), "activation": Maybe(str)}, dict),
+}  # fmt: skip
+SHAPE: Json = {
+    "model": {"name": str, "class": str, "config": dict, "parameters": int},
+    "recipe": {"name": str, "digest": str},
+    "inputs": Each(_INPUT, list),
+    "output": {"name": str, "dtype": str, "shape": Each((int, str), list)},
+    "axes": Each(_AXIS, dict),
+    "sampler": _SAMPLER,
+    "engines": Each(_ENGINE, dict),
+    "graphs": Each({"folder": str, "digest": str, "info": _GRAPH}, dict),
+    "golden": {
+        "steps": Each(int, list),
+        "limits_db": Each(Each(NUMBER, dict), dict),
+        "picture": Maybe({"runner": str, "count": int, "limit_db": NUMBER, "peak": NUMBER}),
+    },
+    "pipeline": Maybe(dict),
+    "checks": Each(dict, list),
+    "scores": dict,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle; `engine` and `graph` are its parts, as artifacts of their own."""
+
+    artifact: Artifact
+    unpacked: tempfile.TemporaryDirectory[str] | None = None  # of a zip: removed with this object
+
+    @property
+    def path(self) -> Path:
+        return self.artifact.path
+
+    @property
+    def info(self) -> Json:
+        return dict(self.artifact.manifest["info"])
+
+    def file(self, name: str) -> Path:
+        return self.artifact.file(name)
+
+    def engine(self, name: str) -> Artifact:
+        """Returns an engine by its name in the bundle."""
+        engines = self.info["engines"]
+        if name not in engines:
+            raise unknown("engine", name, engines, str(self.path))
+        entry = engines[name]
+        info = entry | {"graph": self.graph(entry["dtype"]).info}
+        return self._part("engine", entry, info, {"graph": self.info["graphs"][entry["dtype"]]["digest"]})
+
+    def graph(self, dtype: str) -> Artifact:
+        """Returns the graph of a float type."""
+        graphs = self.info["graphs"]
+        if dtype not in graphs:
+            raise UserError(f"{self.path}: holds no {dtype} graph", fix=f"it holds {', '.join(graphs) or 'none'}")
+        return self._part("graph", graphs[dtype], graphs[dtype]["info"], {})
+
+    def _part(self, kind: str, entry: Json, info: Json, made_from: Json) -> Artifact:
+        prefix = f"{entry['folder']}/"
+        files = {
+            name.removeprefix(prefix): value
+            for name, value in self.artifact.manifest["files"].items()
+            if name.startswith(prefix)
+        }
+        manifest = {"kind": kind, "digest": entry["digest"], "made_from": made_from, "files": files, "info": info}
+        return Artifact(self.path / entry["folder"], manifest)
+
+    def close(self) -> None:
+        """Removes what a zip was unpacked into."""
+        if self.unpacked is not None:
+            self.unpacked.cleanup()
+
+
+def open_bundle(path: Path | str) -> Bundle:
+    """Opens a bundle, a folder or a zip; one that was damaged, or holds anything else, is refused."""
+    path = Path(path)
+    if not path.is_file():
+        return Bundle(_opened(path))
+    unpacked = tempfile.TemporaryDirectory(prefix="export-engine-")
+    try:
+        folder = Path(unpacked.name) / path.stem
+        _unpack(path, folder)
+        return Bundle(_opened(folder), unpacked)
+    except BaseException:
+        unpacked.cleanup()
+        raise
+
+
+def _opened(path: Path) -> Artifact:
+    artifact = artifacts.open_artifact(path, KIND)
+    info = artifact.manifest["info"]
+    version = info.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: is a bundle of format version {version}, this program reads {FORMAT_VERSION}",
+            fix="update export-engine",
+        )
+    reason = fault(info, {"format_version": int, **SHAPE}, "info") or _inconsistent(artifact)
+    if reason:
+        raise UserError(f"{path / MANIFEST}: malformed: {reason}", fix="get the bundle, or make it, again")
+    listed = {*artifact.manifest["files"], MANIFEST}
+    for file in path.rglob("*"):
+        name = file.relative_to(path).as_posix()
+        if name not in listed and not (file.is_dir() and not file.is_symlink()):
+            raise UserError(f"{path}: holds {name!r}, which its manifest does not list", fix="remove it, or get it again")
+    return artifact
+
+
+def _inconsistent(artifact: Artifact) -> str | None:
+    """Returns which of its own parts a manifest names and does not have."""
+    info, files = artifact.manifest["info"], artifact.manifest["files"]
+    for name, engine in info["engines"].items():
+        if engine["dtype"] not in info["graphs"]:
+            return f"engine {name!r} is of a {engine['dtype']} graph, which is not there"
+        if f"{engine['folder']}/{engine['file']}" not in files:
+            return f"engine {name!r} has no {engine['file']}"
+        if engine["step_input"] != info["graphs"][engine["dtype"]]["info"]["step_input"]:
+            return f"engine {name!r} and its graph differ in step_input"
+    if GOLDEN not in files:
+        return f"there is no {GOLDEN}"
+    if len(info["sampler"]["timesteps"]) != info["sampler"]["steps"]:
+        return "the sampler's timesteps are not as many as its steps"
+    return None
+
+
+def pack(folder: Path, path: Path) -> None:
+    """Writes a bundle's folder as one uncompressed zip, sealed by the digest in its comment; the same bytes every time."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with artifacts.writing_errors(path):
+        try:
+            _write_zip(folder, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_zip(folder: Path, path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            entry = zipfile.ZipInfo(file.relative_to(folder).as_posix())  # its time is 1980's first day
+            entry.external_attr = (stat.S_IFREG | 0o644) << 16
+            entry.file_size = file.stat().st_size
+            with file.open("rb") as source, archive.open(entry, "w") as target:
+                shutil.copyfileobj(source, target, CHUNK)
+        archive.comment = MARK + artifacts.NO_DIGEST.encode()
+    digest = _digest_of_zip(path)
+    with path.open("r+b") as written:
+        written.seek(-DIGEST_CHARACTERS, 2)
+        written.write(digest.encode())
+
+
+def _digest_of_zip(path: Path) -> str:
+    """Returns the sha256 of a file but for its last 64 bytes."""
+    left = path.stat().st_size - DIGEST_CHARACTERS
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while left > 0 and (part := file.read(min(CHUNK, left))):
+            found.update(part)
+            left -= len(part)
+    return found.hexdigest()
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Unpacks a sealed zip of plain, uncompressed files; nothing of it is written outside `folder`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.comment[:-DIGEST_CHARACTERS] != MARK:
+                raise UserError(f"{path}: is a zip, but no bundle of ours", fix="give what `bundle --zip` wrote")
+            if _digest_of_zip(path).encode() != archive.comment[-DIGEST_CHARACTERS:]:
+                raise UserError(f"{path}: was changed after it was written", fix="get it, or make it, again")
+            entries = archive.infolist()
+            _check_entries(path, entries)
+            for entry in entries:
+                target = artifacts.inside(folder, entry.filename)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(entry) as source, target.open("xb") as written:
+                    shutil.copyfileobj(source, written, CHUNK)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:  # of features we do not write
+        raise UserError(f"{path}: no zip that can be read ({error})", fix="get it, or make it, again") from error
+
+
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    names = [entry.filename for entry in entries]
+    if MANIFEST not in names:
+        raise UserError(f"{path}: holds no {MANIFEST}", fix="give what `bundle --zip` wrote")
+    total, twice = sum(entry.file_size for entry in entries), len(set(names)) < len(names)
+    for entry in entries:
+        plain = stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG) and not entry.is_dir()
+        stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+        if not plain or not stored or entry.flag_bits & 1 or twice:
+            raise UserError(
+                f"{path}: {entry.filename!r} is a folder, a link, packed or locked, or names occur twice",
+                fix="do not use this file: it was damaged or tampered with; get it, or make it, again",
+            )
+        if entry.filename == MANIFEST and entry.file_size > MAX_MANIFEST_BYTES:
+            raise UserError(f"{path}: its {MANIFEST} has {entry.file_size} bytes", fix="this is no bundle of ours")
+    if total > path.stat().st_size:
+        raise UserError(
+            f"{path}: declares {total} bytes, more than it holds", fix="do not use this file: it was tampered with"
+        )

@@ -1,0 +1,186 @@
+"""Loading a bundle: the engine that suits this machine, checked and ready to be called. torch is not needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines import artifacts, backends, golden, gpu, sampling, schedule
+from engines.artifacts import Artifact, Json
+from engines.bundle import Bundle, open_bundle
+from engines.contract import Contract
+from engines.errors import UserError
+
+FASTEST_FIRST = ("trt", "trt-rtx", "ort")
+
+
+class Engine:
+    """An engine of a bundle, opened: call it with named arrays. Calls from several threads at once are served."""
+
+    def __init__(self, bundle: Bundle, name: str, artifact: Artifact, threads: int) -> None:
+        info = bundle.info
+        self.bundle, self.name, self.artifact = bundle, name, artifact
+        self.inputs: list[Json] = info["inputs"]
+        self.output: Json = info["output"]
+        self.axes: dict[str, Json] = info["axes"]
+        self.sampler: Json = info["sampler"]
+        self._contract = Contract(name, self.inputs, self.axes)
+        self._runner = backends.open_runner(artifact, threads)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+        """Returns the output by name, fp32; `feeds` are arrays by name, of numpy or by DLPack, on the CPU.
+
+        `step`, each row's position in the schedule, is needed where the engine has scales for every step.
+        """
+        return self._runner.run(self._contract.checked(feeds))
+
+    def __call__(self, **feeds: Any) -> NDArray[np.float32]:
+        """Returns the output itself."""
+        return self.run(feeds)[self.output["name"]]
+
+    def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns outputs that speak DLPack, where the feeds lie (CPU or GPU), without a copy of either.
+
+        Feeds are of the engine's own types: floats `dtype`, but inputs that the contract calls fp32 or int64.
+        """
+        self._contract.check_names(feeds)
+        self._contract.check_shapes({entry["name"]: feeds[entry["name"]].shape for entry in self.inputs})
+        if not hasattr(self._runner, "run_dlpack"):
+            raise UserError(f"{self.name}: takes host arrays alone", fix="call run")
+        found: dict[str, Any] = self._runner.run_dlpack(feeds)
+        return found
+
+    @property
+    def backend(self) -> str:
+        return str(self.artifact.info["backend"])
+
+    @property
+    def dtype(self) -> str:
+        return str(self.artifact.info["dtype"])
+
+    def steps_of(self, timesteps: Any, *, nearest: bool = False) -> list[int]:
+        """Returns the `step` to feed at each of a sampler's timesteps: see engines.schedule.steps_of."""
+        return schedule.steps_of(self.artifact.info["graph"], timesteps, nearest=nearest)
+
+    def sample(
+        self,
+        noise: NDArray[np.float32],
+        wanted: Mapping[str, Any],
+        unwanted: Mapping[str, Any] | None = None,
+        watch: Callable[[int, NDArray[np.float32]], None] | None = None,
+    ) -> NDArray[np.float32]:
+        """Returns finished samples of noise [n, …]: see engines.sampling.sample."""
+        return sampling.sample(self, self.sampler, noise, wanted, unwanted, watch)
+
+    def self_test(self) -> list[Json]:
+        """Runs the recorded feeds; returns a row for each, and raises a UserError if one is off."""
+        rows = golden.rows(self, self.bundle)
+        if wrong := [row for row in rows if not row["passed"]]:
+            raise UserError(
+                f"{self.bundle.path}: engine {self.name!r} does not give what was recorded: {golden.line(wrong[0])}",
+                fix="update the backend's library to the version in the manifest, or build the engine anew here",
+            )
+        return rows
+
+
+def load(
+    path: Path | str,
+    *,
+    backend: str | None = None,
+    engine: str | Path | None = None,
+    threads: int = 0,
+    self_test: bool = False,
+) -> Engine:
+    """Opens a bundle (a folder or a zip), verifies it, and returns its best engine that can run here.
+
+    `backend` asks for one, or `engine` for one by its name in the bundle, or by a folder that `export-engine build BUNDLE`
+    wrote. On a CPU, with 0 `threads`, as many as it has, sharing it; else that many, for themselves.
+    """
+    bundle = open_bundle(path)
+    if engine is not None and os.fspath(engine) not in bundle.info["engines"] and Path(engine).is_dir():
+        opened = Engine(bundle, Path(engine).name, _built_from(bundle, Path(engine)), threads)
+    else:
+        name = choose(bundle, backend, None if engine is None else str(engine))
+        opened = Engine(bundle, name, bundle.engine(name), threads)
+    if self_test:
+        opened.self_test()
+    return opened
+
+
+def choose(bundle: Bundle, backend: str | None = None, engine: str | None = None) -> str:
+    """Returns the name of the fastest engine that can run here, of those that are asked for."""
+    names = sorted(bundle.info["engines"], key=lambda name: _rank(bundle.info["engines"][name]["backend"]))
+    if engine is not None:
+        bundle.engine(engine)  # which refuses a name that is not there
+        names = [engine]
+    if backend is not None:
+        backends.load(backend)
+        names = [name for name in names if bundle.info["engines"][name]["backend"] == backend]
+        if not names:
+            raise UserError(f"{bundle.path}: holds no engine for {backend}", fix=_rebuild(bundle, backend, None))
+    reasons = {name: why_not(bundle.engine(name)) for name in names}
+    found = next((name for name, reason in reasons.items() if reason is None), None)
+    if found is None:
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        wanted = backend or (bundle.engine(names[0]).info["backend"] if names else "ort")
+        raise UserError(f"{bundle.path}: no engine can run here ({told or 'it holds none'})", fix=_fix(bundle, wanted))
+    return found
+
+
+def why_not(engine: Artifact) -> str | None:
+    """Returns why an engine cannot run on this machine, None if it can."""
+    info = engine.info
+    if info["backend"] not in backends.names():
+        return f"this version has no backend {info['backend']!r}"
+    module = backends.load(info["backend"])
+    if (reason := module.cannot_run()) is not None or info["gpu"] is None:
+        return reason
+    if (here := gpu.detect()) != info["gpu"]:
+        return f"it was built for {info['gpu']}, and this GPU is {here}"
+    ours, theirs = module.fingerprint(), info["versions"]
+    other = [f"{name} {theirs.get(name)}, here is {version}" for name, version in ours.items() if theirs.get(name) != version]
+    return f"it was built with {', '.join(other)}" if other else None
+
+
+def _fix(bundle: Bundle, backend: str) -> str:
+    here = gpu.detect()
+    if backend != "ort" and here is None:
+        others = [entry["backend"] for entry in bundle.info["engines"].values() if entry["backend"] == "ort"]
+        return 'load it with backend="ort"' if others else _rebuild(bundle, "ort", None)
+    return _rebuild(bundle, backend, here)
+
+
+def _rebuild(bundle: Bundle, backend: str, target: str | None) -> str:
+    gpu_option = f" --gpu {target}" if target else ""
+    return (
+        f"build one: export-engine build {bundle.path} --backend {backend}{gpu_option} --out DIR, then "
+        "engines.load(…, engine=DIR)"
+    )
+
+
+def _rank(backend: str) -> int:
+    return FASTEST_FIRST.index(backend) if backend in FASTEST_FIRST else len(FASTEST_FIRST)
+
+
+def _built_from(bundle: Bundle, folder: Path) -> Artifact:
+    """Opens an engine that was built of one of the bundle's graphs, for this machine."""
+    opened = artifacts.open_artifact(folder, "engine")
+    graphs = {entry["digest"] for entry in bundle.info["graphs"].values()}
+    if opened.manifest["made_from"]["graph"] not in graphs:
+        raise UserError(
+            f"{folder}: was built of another graph than those of {bundle.path}",
+            fix=f"build it from the bundle: export-engine build {bundle.path} --backend … --out {folder}",
+        )
+    if (reason := why_not(with_versions(opened))) is not None:
+        raise UserError(f"{folder}: cannot run here: {reason}", fix="build it on, or for, this machine")
+    return opened
+
+
+def with_versions(engine: Artifact) -> Artifact:
+    """Returns an engine's artifact whose info also holds the versions it was built under, as a bundle's does."""
+    return Artifact(engine.path, engine.manifest | {"info": engine.info | {"versions": engine.manifest["versions"]}})

@@ -1,0 +1,80 @@
+"""The sampling loop of a bundle, without torch and diffusers: DDIM, Euler and flow matching as steps of six numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.artifacts import Json
+from engines.errors import UserError
+from engines.runner import Runner
+
+Latents = NDArray[np.float32]
+Rows = Mapping[str, NDArray[Any]]
+
+
+def sample(
+    runner: Runner,
+    sampler: Json,
+    noise: Latents,
+    wanted: Rows,
+    unwanted: Rows | None = None,
+    watch: Callable[[int, Latents], None] | None = None,
+) -> Latents:
+    """Returns finished latents [n, …] of as much noise; `wanted` and, under guidance, `unwanted` are n rows each.
+
+    `watch` is shown every step's number and latents. The steps are those of docs/bundle.md.
+    """
+    _check(sampler, noise, unwanted)
+    latent_spec, portable = sampler["latent"], sampler["portable"]
+    channels, scale = latent_spec["shape"][0], np.float32(sampler["guidance_scale"])
+    rows = dict(wanted)
+    if sampler["guided"] and unwanted is not None:
+        rows = {name: np.concatenate([value, unwanted[name]]) for name, value in wanted.items()}
+    latent = noise.astype(np.float32) * np.float32(latent_spec["init_noise_sigma"])
+    for step, (timestep, numbers) in enumerate(zip(sampler["timesteps"], portable["steps"], strict=True)):
+        n = {name: np.float32(value) for name, value in numbers.items()}
+        given = n["scale_input"] * latent
+        if sampler["guided"]:
+            given = np.concatenate([given, given])
+        feeds = {latent_spec["input"]: given, **rows, **_times(runner, timestep, step, len(given))}
+        (output,) = runner.run(feeds).values()
+        prediction = output[:, :channels]
+        if sampler["guided"]:
+            with_caption, without = np.split(prediction, 2)
+            prediction = without + scale * (with_caption - without)
+        start = n["x0_latent"] * latent + n["x0_prediction"] * prediction
+        if portable["clip"] is not None:
+            start = start.clip(-portable["clip"], portable["clip"])
+        latent = n["next_x0"] * start + n["next_latent"] * latent + n["next_prediction"] * prediction
+        if watch is not None:
+            watch(step, latent)
+    return latent
+
+
+def _times(runner: Any, timestep: float, step: int, rows: int) -> dict[str, NDArray[Any]]:
+    whole = any(entry["name"] == "timestep" and entry["dtype"] == "int64" for entry in runner.inputs)
+    kind = np.int64 if whole else np.float32
+    return {"timestep": np.full(rows, timestep, kind), "step": np.full(rows, step, np.int64)}
+
+
+def _check(sampler: Json, noise: Latents, unwanted: Rows | None) -> None:
+    if sampler["portable"] is None:
+        raise UserError(
+            f"this bundle's sampler runs in diffusers alone: {sampler['why_not_portable']}",
+            fix="use engines.diffusers.denoiser in a pipeline, or your own loop around run()",
+        )
+    wanted = tuple(sampler["latent"]["shape"])
+    if noise.shape[1:] != wanted:
+        raise UserError(
+            f"noise has shape {list(noise.shape)}",
+            fix=f"draw [n, {', '.join(map(str, wanted))}] standard normal numbers",
+        )
+    if sampler["guided"] and unwanted is None:
+        raise UserError(
+            f"this model is sampled with guidance {sampler['guidance_scale']:g}: rows for what is not wanted are missing",
+            fix="give `unwanted`: the rows of no class, or of the empty caption",
+        )
