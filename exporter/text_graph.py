@@ -74,6 +74,12 @@ class TextHalf(nn.Module):
                 object.__setattr__(pipeline, name, part)
         return tuple(wanted[spec.name] for spec in self.outputs())
 
+    def unwanted_is_zeros(self) -> bool:
+        """Whether guidance goes away from zeros, as SDXL's does, and not from the empty caption."""
+        with torch.no_grad():
+            _, unwanted = self._family.encode(self._pipeline[0], [""])
+        return not any(bool(value.any()) for value in unwanted.values())
+
     def read(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Returns the graph's inputs for captions, [n, tokens] each."""
         found = {}
