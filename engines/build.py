@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engines import artifacts, backends, schedule
+from engines import bundle as bundles
 from engines.artifacts import Artifact, Request
 from engines.audit import check_compression
 from engines.errors import UserError
@@ -26,6 +27,17 @@ FAULT = 2  # the worker's exit code for a fault of the user's, told as JSON on i
 def points_as_layers(types: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
     """Returns an attention's points, path → type multiplied, as a backend's `check` takes layers."""
     return {path: {"weight": None, "activation": kind} for path, kind in types.items()}
+
+
+def graph_of(path: Path, backend: str) -> Artifact:
+    """Opens a graph, or that of a bundle in the float type that the backend wants, or the only one it has."""
+    if path.is_dir() and (path / artifacts.MANIFEST).is_file() and artifacts.kind_of(path) != bundles.KIND:
+        return artifacts.open_artifact(path, "graph")
+    if not path.is_file() and not (path / artifacts.MANIFEST).is_file():
+        return artifacts.open_artifact(path, "graph")  # which says what is wrong
+    opened = bundles.open_bundle(path)
+    wanted, graphs = backends.load(backend).DTYPE, opened.info["graphs"]
+    return opened.graph(wanted if wanted in graphs else next(iter(graphs), wanted))
 
 
 def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, decode: str | None = None) -> Artifact:
@@ -111,10 +123,19 @@ def _die_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _reopened(folder: Path) -> Artifact:
+    """Opens the graph in a folder, which may be a part of a bundle."""
+    if (folder / artifacts.MANIFEST).is_file():
+        return artifacts.open_artifact(folder, "graph")
+    opened = bundles.open_bundle(folder.parent.parent)
+    graphs = opened.info["graphs"]
+    return opened.graph(next(dtype for dtype, entry in graphs.items() if opened.path / entry["folder"] == folder))
+
+
 def _worker(backend: str, graph_folder: str, folder: str, gpu: str, decode: str) -> int:
     _die_with_parent()
     try:
-        graph = artifacts.open_artifact(Path(graph_folder), "graph")
+        graph = _reopened(Path(graph_folder))
         with artifacts.writing_errors(Path(folder)):
             model = graph.file("model.onnx")
             widened = backends.load(backend).build(model, graph.info, Path(folder), gpu or None, decode or None)

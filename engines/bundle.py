@@ -32,8 +32,8 @@ _ENGINE: Json = {
     "versions": Each(str, dict), "weight_bytes": int, "resident_weight_bytes": int, "step_input": Maybe(str),
     "session": Maybe(
         {
-            "disabled_optimizers": Each(str, list), "config": Each(str, dict), "config_if_sums_saturate": Each(str, dict),
-            "config_if_shared": Each(str, dict), "codebook_ops": bool,
+            "disabled_optimizers": Each(str, list), "config": Each(str, dict), "codebook_ops": bool,
+            "config_if_sums_saturate": Each(str, dict), "config_if_shared": Each(str, dict),
         }
     ),
 }  # fmt: skip
@@ -154,7 +154,9 @@ def _opened(path: Path) -> Artifact:
     for file in path.rglob("*"):
         name = file.relative_to(path).as_posix()
         if name not in listed and not (file.is_dir() and not file.is_symlink()):
-            raise UserError(f"{path}: holds {name!r}, which its manifest does not list", fix="remove it, or get it again")
+            raise UserError(
+                f"{path}: holds {name!r}, which its manifest does not list", fix="remove it, or get it again"
+            )
     return artifact
 
 
@@ -176,7 +178,7 @@ def _inconsistent(artifact: Artifact) -> str | None:
 
 
 def pack(folder: Path, path: Path) -> None:
-    """Writes a bundle's folder as one uncompressed zip, sealed by the digest in its comment; the same bytes every time."""
+    """Writes a bundle's folder as one uncompressed zip, sealed by the digest in its comment, always the same bytes."""
     temporary = path.with_name(f".{path.name}.partial")
     with artifacts.writing_errors(path):
         try:

@@ -72,9 +72,9 @@ class Contract:
 
     def _refusal(self, entry: Json, shape: Sequence[int]) -> UserError:
         axes = [self._range(axis) for axis in entry["shape"] if isinstance(axis, str)]
+        wanted = ", ".join(map(str, entry["shape"]))
         return UserError(
-            f"{self.name}: input {entry['name']!r} has shape {list(shape)}, and [{', '.join(map(str, entry['shape']))}] "
-            "is wanted",
+            f"{self.name}: input {entry['name']!r} has shape {list(shape)}, and [{wanted}] is wanted",
             fix=f"feed {', '.join(axes)}" if axes else "feed that shape",
         )
 

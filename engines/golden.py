@@ -39,14 +39,20 @@ def rows(engine: Engine, bundle: Bundle) -> list[Json]:
 
 
 def _step_row(engine: Engine, bundle: Bundle, step: int, limit_db: float) -> Json:
-    output = engine.run(read(bundle, f"{step}/feeds/"))[engine.output["name"]]
-    expected = read(bundle, f"{step}/")["expected"]
-    return _row(f"step {step}", decibels(expected, output), limit_db)
+    feeds, expected = read(bundle, f"{step}/feeds/"), read(bundle, f"{step}/")["expected"]
+    chunk = engine.axes["batch"]["opt"]
+    parts = [
+        engine.run({name: value[first : first + chunk] for name, value in feeds.items()})[engine.output["name"]]
+        for first in range(0, len(expected), chunk)
+    ]
+    return _row(f"step {step}", decibels(expected, np.concatenate(parts)), limit_db)
 
 
 def _picture_row(engine: Engine, bundle: Bundle, picture: Json) -> Json:
     recorded = read(bundle, "picture/")
-    wanted, unwanted = ({n.removeprefix(p): v for n, v in recorded.items() if n.startswith(p)} for p in ("wanted/", "unwanted/"))
+    wanted, unwanted = (
+        {n.removeprefix(p): v for n, v in recorded.items() if n.startswith(p)} for p in ("wanted/", "unwanted/")
+    )
     drawn = engine.sample(recorded["noise"], wanted, unwanted or None)
     error = float(np.square(recorded["latent"].astype(np.float64) - drawn).mean())
     value = 10 * math.log10(picture["peak"] ** 2 / error) if error > 0 else math.inf

@@ -98,8 +98,8 @@ def load(
 ) -> Engine:
     """Opens a bundle (a folder or a zip), verifies it, and returns its best engine that can run here.
 
-    `backend` asks for one, or `engine` for one by its name in the bundle, or by a folder that `export-engine build BUNDLE`
-    wrote. On a CPU, with 0 `threads`, as many as it has, sharing it; else that many, for themselves.
+    `backend` asks for one, or `engine` for one by its name in the bundle, or by the folder in which
+    `export-engine build BUNDLE` wrote one. On a CPU, with 0 `threads`, as many as it has, sharing it; else that many.
     """
     bundle = open_bundle(path)
     if engine is not None and os.fspath(engine) not in bundle.info["engines"] and Path(engine).is_dir():
@@ -123,13 +123,14 @@ def choose(bundle: Bundle, backend: str | None = None, engine: str | None = None
         names = [name for name in names if bundle.info["engines"][name]["backend"] == backend]
         if not names:
             raise UserError(f"{bundle.path}: holds no engine for {backend}", fix=_rebuild(bundle, backend, None))
-    reasons = {name: why_not(bundle.engine(name)) for name in names}
-    found = next((name for name, reason in reasons.items() if reason is None), None)
-    if found is None:
-        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        wanted = backend or (bundle.engine(names[0]).info["backend"] if names else "ort")
-        raise UserError(f"{bundle.path}: no engine can run here ({told or 'it holds none'})", fix=_fix(bundle, wanted))
-    return found
+    reasons: dict[str, str] = {}
+    for name in names:
+        if (reason := why_not(bundle.engine(name))) is None:
+            return name
+        reasons[name] = reason
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    wanted = backend or (bundle.engine(names[0]).info["backend"] if names else "ort")
+    raise UserError(f"{bundle.path}: no engine can run here ({told or 'it holds none'})", fix=_fix(bundle, wanted))
 
 
 def why_not(engine: Artifact) -> str | None:
@@ -143,7 +144,9 @@ def why_not(engine: Artifact) -> str | None:
     if (here := gpu.detect()) != info["gpu"]:
         return f"it was built for {info['gpu']}, and this GPU is {here}"
     ours, theirs = module.fingerprint(), info["versions"]
-    other = [f"{name} {theirs.get(name)}, here is {version}" for name, version in ours.items() if theirs.get(name) != version]
+    other = [
+        f"{name} {theirs.get(name)}, here is {version}" for name, version in ours.items() if theirs.get(name) != version
+    ]
     return f"it was built with {', '.join(other)}" if other else None
 
 

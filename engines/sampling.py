@@ -75,6 +75,6 @@ def _check(sampler: Json, noise: Latents, unwanted: Rows | None) -> None:
         )
     if sampler["guided"] and unwanted is None:
         raise UserError(
-            f"this model is sampled with guidance {sampler['guidance_scale']:g}: rows for what is not wanted are missing",
+            f"this model is sampled with guidance {sampler['guidance_scale']:g}, and no unwanted rows came",
             fix="give `unwanted`: the rows of no class, or of the empty caption",
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,16 @@ class _Stepped:
         self._timesteps = np.asarray(timesteps, dtype=np.float64)  # what the model is fed at each step
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+        return self._runner.run(self._with_step(feeds))
+
+    def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs as its runner's does; `step` and `timestep` are read on the host, to be checked."""
+        hosted = {name: np.asarray(feeds[name]) for name in ("step", "timestep") if name in feeds}
+        found: dict[str, Any] = cast(Any, self._runner).run_dlpack({**feeds, **self._with_step(hosted)})
+        return found
+
+    def _with_step(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the feeds with what tells the graph each row's step, which is checked."""
         step = feeds.get("step")
         if step is None:
             raise UserError(f"{self.name}: the feeds hold no `step`", fix=f"feed each row's, 0 … {self._steps - 1}")
@@ -77,7 +87,7 @@ class _Stepped:
         fed: dict[str, Any] = dict(feeds)
         if self._table is not None:
             fed[ROW] = self._table[step]
-        return self._runner.run(fed)
+        return fed
 
     def _check_schedule(self, timesteps: NDArray[np.float64], steps: NDArray[Any]) -> None:
         """Raises a UserError where a row's step is not the calibrated one that is nearest to its timestep."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ NUMBER = (int, float)
 
 
 def fault(value: Any, shape: Any, where: str) -> str | None:
-    """Returns what of a JSON value does not have the shape, None if all has: an object of a mapping's keys, and others."""
+    """Returns what of a JSON value has not the shape, None if all has; an object may have other keys beside."""
     if isinstance(shape, Maybe):
         return None if value is None else fault(value, shape.of, where)
     if isinstance(shape, Each):
@@ -48,5 +48,5 @@ def fault(value: Any, shape: Any, where: str) -> str | None:
 def _fault_of_each(value: Any, shape: Each, where: str) -> str | None:
     if not isinstance(value, shape.kind):
         return f"{where} is no {'list' if shape.kind is list else 'object'}"
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
     return next(filter(None, (fault(one, shape.of, f"{where}.{key}") for key, one in pairs)), None)

@@ -199,13 +199,13 @@ def lower(quantized: Path, out: Path, dtype: str, step_input: str) -> None:
 @GPU
 @DECODE
 def build(graph: Path, backend: str, out: Path, gpu: str | None, decode: str | None) -> None:
-    """Build an engine from a graph."""
+    """Build an engine from a GRAPH, or from a bundle's."""
     from engines import backends
-    from engines.artifacts import open_artifact
     from engines.build import build as stage
+    from engines.build import graph_of
     from exporter import progress
 
-    opened, way = open_artifact(graph, "graph"), backends.resolve_decode(backend, decode)
+    opened, way = graph_of(graph, backend), backends.resolve_decode(backend, decode)
     if note := backends.load(backend).note(opened.info, way):
         progress.note(f"note: {note}")
     made = stage(opened, backend, out, gpu=gpu, decode=way)
@@ -288,6 +288,35 @@ def bench(folder: Path, batches: tuple[int, ...], threads: int | None, as_json: 
             f"{row['runner']:>12}  batch {row['batch']:>3}  p50 {row['ms_p50']:8.2f} ms  p95 {row['ms_p95']:8.2f} ms  "
             f"{row['runs']} runs"
         )
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@OUT
+@click.option("--zip", "packed", is_flag=True, help="Write one uncompressed file, --out, instead of a folder.")
+@click.option(
+    "--engine", "engines", type=FOLDER, multiple=True, help="A further engine of RUN's graphs; may be repeated."
+)
+@click.option("--failed", is_flag=True, help="Bundle a run all the same whose checks failed.")
+def bundle(run: Path, out: Path, packed: bool, engines: tuple[Path, ...], failed: bool) -> None:
+    """Write what RUN holds as an application loads it: engines, graph, contract, recorded feeds and outputs."""
+    from exporter import bundle as stage
+
+    made = stage.bundle_zip if packed else stage.bundle
+    _done(made(run, out, engines=engines, failed=failed))
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--backend", help="Test engines of one backend alone.")
+@JSON
+def verify(bundle: Path, backend: str | None, as_json: bool) -> None:
+    """Check every file of BUNDLE, and run on its engines what it has recorded: exit code 3 if one is off."""
+    from exporter import verify as stage
+
+    found = stage.verify(bundle, backend)
+    _say(found, as_json, lambda: _print(stage.tables(found)))
+    sys.exit(0 if found["passed"] else 3)
 
 
 @main.command()

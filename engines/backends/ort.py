@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,6 +161,18 @@ def session_record(graph: Json) -> Json:
     }
 
 
+def disabled_optimizers(graph: Json) -> list[str]:
+    """Returns the optimizers that would break or unfuse this graph."""
+    types = {kind for layer in graph["layers"].values() for kind in (layer["weight"], layer["activation"]) if kind}
+    types |= set(graph["points"].values())
+    disabled = []
+    if "fp8" in types:
+        disabled.append("QDQSelectorActionTransformer")  # makes a MatMulIntegerToFloat that has no fp8 kernel
+    if types:
+        disabled.append("MatMulAddFusion")  # makes a Gemm, which has no quantized kernel for a float bias
+    return disabled
+
+
 def session_options(graph: Json, threads: int = 0) -> onnxruntime.SessionOptions:
     """Returns options under which the session computes what the graph says."""
     import onnxruntime
@@ -218,12 +230,33 @@ class OrtRunner:
         self.name = name
         self._session = session
         self._types = {i.name: np.float16 if i.type == "tensor(float16)" else None for i in session.get_inputs()}
+        self._onnx_types = {i.name: i.type for i in session.get_inputs()}
         self._outputs = list(outputs or (o.name for o in session.get_outputs()))
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         cast = {n: feeds[n].astype(t) if t else np.ascontiguousarray(feeds[n]) for n, t in self._types.items()}
         outputs = self._session.run(self._outputs, cast)
         return {n: np.asarray(o, dtype=np.float32) for n, o in zip(self._outputs, outputs, strict=True)}
+
+    def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs tensors that speak DLPack where they lie, and returns such. On a GPU not run so far."""
+        import onnxruntime
+
+        binding, kind, number = self._session.io_binding(), "cpu", 0
+        for name, wanted in self._onnx_types.items():
+            value = onnxruntime.OrtValue.from_dlpack(feeds[name])
+            if value.data_type() != wanted:
+                raise UserError(
+                    f"{self.name}: input {name!r} is {value.data_type()}, and {wanted} is wanted",
+                    fix="feed the engine's own type, or call run, which converts",
+                )
+            binding.bind_ortvalue_input(name, value)
+            if value.device_name() != "cpu":
+                kind, number = value.device_name(), feeds[name].__dlpack_device__()[1]
+        for name in self._outputs:
+            binding.bind_output(name, kind, number)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
 
 def open_runner(engine: Artifact, threads: int = 0) -> OrtRunner:

@@ -66,20 +66,9 @@ def lower(source: Artifact, out: Path, *, dtype: str = "fp32", step_input: str =
             np.save(draft.path / schedule.FILE, table.values.numpy())
         draft.info = _info(source, dtype, inputs) | found
         draft.info["step_input"] = step_input if table is not None else None
-        draft.info["fed_timesteps"] = _fed_timesteps(source) if table is not None else None
+        draft.info["fed_timesteps"] = family.fed_timesteps(source.info["timesteps"]) if table is not None else None
         draft.timings["peak_rss_bytes"] = peak_rss_bytes()
     return artifacts.open_artifact(out, "graph")
-
-
-def _fed_timesteps(source: Artifact) -> list[float]:
-    """Returns what the model is fed as `timestep` at each step of its schedule, in the model's own units."""
-    import torch
-
-    from exporter import quantized
-
-    family = quantized.family(source)
-    latent, timesteps = torch.zeros(1, *family.latent_shape()), torch.tensor(source.info["timesteps"])
-    return [float(family.feeds(latent, t.reshape(1), {}, 1.0)["timestep"].item()) for t in timesteps]
 
 
 def check_deployable(layers: Mapping[str, Any], where: str) -> None:

@@ -166,6 +166,11 @@ class Family(ABC):
     @abstractmethod
     def feeds(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Tensors, guidance: float) -> Tensors: ...
 
+    def fed_timesteps(self, schedule: Sequence[float]) -> list[float]:
+        """Returns what the model is fed as `timestep` at each of a schedule's timesteps, in the model's own unit."""
+        latent = torch.zeros(1, *self.latent_shape())
+        return [float(self.feeds(latent, torch.tensor([t]), {}, 1.0)["timestep"].item()) for t in schedule]
+
     def prediction(self, output: torch.Tensor) -> torch.Tensor:
         """Returns the part of the output that the scheduler steps with (a learned variance is dropped)."""
         return output

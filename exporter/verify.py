@@ -1,0 +1,57 @@
+"""`verify`: a bundle's files against its manifest, and its engines against what it has recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines import golden, loading
+from engines.artifacts import Json
+from engines.bundle import Bundle, open_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+
+def verify(path: Path, backend: str | None = None) -> Json:
+    """Returns what every engine gives for the recorded feeds, or why it cannot run here.
+
+    A bundle that was damaged is a UserError; so is one none of whose engines can run.
+    """
+    bundle = open_bundle(path)
+    loading.choose(bundle, backend)
+    names = [name for name, entry in bundle.info["engines"].items() if backend in (None, entry["backend"])]
+    engines = [_engine_row(bundle, name) for name in names]
+    return {
+        "bundle": str(path),
+        "digest": bundle.artifact.digest,
+        "files": len(bundle.artifact.files()),
+        "bytes": bundle.artifact.bytes,
+        "engines": engines,
+        "passed": all(row["passed"] for engine in engines for row in engine["rows"]),
+    }
+
+
+def _engine_row(bundle: Bundle, name: str) -> Json:
+    artifact = bundle.engine(name)
+    reason = loading.why_not(artifact)
+    rows = [] if reason else golden.rows(loading.Engine(bundle, name, artifact, 0), bundle)
+    return {"name": name, "dtype": artifact.info["dtype"], "why_not": reason, "rows": rows}
+
+
+def tables(found: Json) -> Iterable[Any]:
+    """Yields what a person sees."""
+    from rich.table import Table
+
+    yield f"{found['bundle']}: {found['files']} files, {found['bytes']:,} bytes, all as its manifest says"
+    table = Table(title="recorded feeds and samples, by engine")
+    for column in ("engine", "what", "dB", "at least", ""):
+        table.add_column(column, justify="right" if column in ("dB", "at least") else "left")
+    for engine in found["engines"]:
+        if engine["why_not"]:
+            table.add_row(engine["name"], f"not run: {engine['why_not']}")
+        for row in engine["rows"]:
+            result = "passed" if row["passed"] else "FAILED"
+            table.add_row(engine["name"], row["what"], f"{row['value_db']:.1f}", f"{row['limit_db']:.1f}", result)
+    yield table
