@@ -53,6 +53,17 @@ _GRAPH: Json = {
     "fed_timesteps": Maybe(Each(NUMBER, list)), "points": Each(Maybe(str), dict), "weights": {"by_format": dict},
     "layers": Each({"weight": Maybe(str), "activation": Maybe(str)}, dict),
 }  # fmt: skip
+_TOKENIZER: Json = {
+    "tokenizer": str, "tokens": int, "pad": Maybe(int), "bos": Maybe(int), "eos": Maybe(int), "input": str
+}  # fmt: skip
+_TEXT: Json = {
+    **_TOKENIZER, "more": Each(_TOKENIZER, list), "encoders": Each(str, dict), "outputs": Each(str, dict),
+    "unwanted": str, "limits_db": Each(NUMBER, dict),
+}  # fmt: skip
+_VAE: Json = {
+    "decoders": Each(str, dict), "input": str, "output": str, "scaling_factor": NUMBER, "shift_factor": NUMBER,
+    "limits_db": Each(NUMBER, dict),
+}  # fmt: skip
 SHAPE: Json = {
     "model": {"name": str, "class": str, "config": dict, "parameters": int},
     "recipe": {"name": str, "digest": str},
@@ -67,7 +78,7 @@ SHAPE: Json = {
         "limits_db": Each(Each(NUMBER, dict), dict),
         "picture": Maybe({"runner": str, "count": int, "limit_db": NUMBER, "peak": NUMBER}),
     },
-    "pipeline": Maybe(dict),
+    "pipeline": Maybe({"text": _TEXT, "vae": Maybe(_VAE), "constants": Each(Each(NUMBER, list), dict)}),
     "checks": Each(dict, list),
     "scores": dict,
 }  # fmt: skip
