@@ -90,7 +90,7 @@ class Pipeline:
         """Returns token ids [n, tokens] of captions, by the encoder's inputs."""
         if isinstance(captions, str) or not captions:
             raise UserError(f"captions: {captions!r}", fix="give a list of at least one caption")
-        return {entry["input"]: self._words_of(entry["tokenizer"]).ids(captions) for entry in self._inputs}
+        return {entry["input"]: self._words_of(entry).ids(captions) for entry in self._inputs}
 
     def conditions(self, tokens: Mapping[str, NDArray[np.int64]], *, wanted: bool = True) -> Rows:
         """Returns what the denoiser reads for token ids, a row each; without `wanted`, for guidance's other half."""
@@ -138,9 +138,11 @@ class Pipeline:
         limits: dict[str, float] = part["limits_db"]
         return limits[_held(limits, self.engine.dtype)]
 
-    def _words_of(self, file: str) -> Words:
+    def _words_of(self, entry: Json) -> Words:
+        """Opens a tokenizer when a caption first needs it: who gives token ids need not have the library."""
+        file = entry["tokenizer"]
         if file not in self._words:
-            self._words[file] = Words(self.engine.bundle.file(file))
+            self._words[file] = Words(self.engine.bundle.file(file), (entry["pad"], entry["eos"]))
         return self._words[file]
 
 

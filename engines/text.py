@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +13,9 @@ from engines.errors import UserError
 
 
 class Words:
-    """A tokenizer's file, which also says how it pads and where it cuts."""
+    """A tokenizer's file, which also says how it pads and where it cuts; `special` are ids that no word has."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, special: Collection[int | None] = ()) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -28,36 +27,35 @@ class Words:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # noqa: BLE001  the library raises no narrower one
             raise UserError(f"{file}: no tokenizer ({error})", fix="get the bundle, or make it, again") from error
+        model = self._tokenizer.model
+        unknown = self._tokenizer.token_to_id(model.unk_token) if type(model).__name__ == "WordLevel" else None
+        self._unknown: int | None = None if unknown in special else unknown  # other kinds spell words in pieces
 
     def ids(self, captions: Sequence[str]) -> NDArray[np.int64]:
         """Returns token ids [n, tokens], started, ended, padded and cut as the text encoder was trained.
 
         A word that a vocabulary of whole words lacks is an error; others are spelled in pieces.
         """
+        if not all(isinstance(caption, str) for caption in captions):
+            raise UserError(f"captions: {captions!r:.80} are no texts", fix="give a list of str")
         try:
             read = self._tokenizer.encode_batch(list(captions))
-        except (TypeError, UnicodeEncodeError) as error:  # no string, or half a surrogate pair
-            raise UserError(f"captions: {error}", fix="give a list of texts that UTF-8 can spell") from error
+        except TypeError as error:  # half a surrogate pair is no text either
+            raise UserError(f"captions: {error}", fix="give texts that UTF-8 can spell") from error
         for caption, found in zip(captions, read, strict=True):
-            self._check_words(caption, found.ids)
+            if self._unknown is not None and self._unknown in found.ids:
+                raise self._unknown_word(caption, self._unknown)
         return np.array([found.ids for found in read], dtype=np.int64)
 
-    def _check_words(self, caption: str, ids: Sequence[int]) -> None:
-        model = self._tokenizer.model
-        missing = self._tokenizer.token_to_id(model.unk_token) if type(model).__name__ == "WordLevel" else None
-        if missing is None or missing not in ids:
-            return
-        word = next((one for one in caption.split() if self._lacks(one, missing)), caption)
-        raise UserError(
-            f"caption {caption!r}: its text encoder knows no {word!r}", fix=close_words(word, self._tokenizer.get_vocab())
+    def _unknown_word(self, caption: str, unknown: int) -> UserError:
+        word = next((one for one in caption.split() if unknown in self._tokenizer.encode(one).ids), caption)
+        return UserError(
+            f"caption {caption!r}: its text encoder knows no {word!r}",
+            fix=close_words(word, self._tokenizer.get_vocab()),
         )
 
-    def _lacks(self, word: str, missing: int) -> bool:
-        found: Any = self._tokenizer.encode(word)
-        return missing in found.ids
 
-
-def close_words(word: str, vocabulary: Sequence[str] | dict[str, int]) -> str:
+def close_words(word: str, vocabulary: Iterable[str]) -> str:
     """Returns what to do about a word that a vocabulary lacks: the words that are spelled like it."""
     close = difflib.get_close_matches(word, [known for known in vocabulary if known.isalpha()], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
