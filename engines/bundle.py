@@ -51,7 +51,8 @@ _GRAPH: Json = {
     "dtype": str, "output": str, "inputs": Each({"name": str, "dtype": str, "shape": list}, list),
     "axes": Each(_AXIS, dict), "timesteps": Each(NUMBER, list), "step_input": Maybe(str),
     "fed_timesteps": Maybe(Each(NUMBER, list)), "points": Each(Maybe(str), dict), "weights": {"by_format": dict},
-    "layers": Each({"weight": Maybe(str), "activation": Maybe(str)}, dict),
+    "layers": Each({"weight": Maybe(str), "activation": Maybe(str)}, dict), "weight_bytes": int,
+    "module_bytes": Each(int, dict),
 }  # fmt: skip
 _TOKENIZER: Json = {
     "tokenizer": str, "tokens": int, "pad": Maybe(int), "bos": Maybe(int), "eos": Maybe(int), "input": str
@@ -76,7 +77,7 @@ SHAPE: Json = {
     "golden": {
         "steps": Each(int, list),
         "limits_db": Each(Each(NUMBER, dict), dict),
-        "picture": Maybe({"runner": str, "count": int, "limit_db": NUMBER, "peak": NUMBER}),
+        "picture": Maybe({"runner": str, "count": int, "limits_db": Each(NUMBER, dict), "peak": NUMBER}),
     },
     "pipeline": Maybe({"text": _TEXT, "vae": Maybe(_VAE), "constants": Each(Each(NUMBER, list), dict)}),
     "checks": Each(dict, list),
@@ -228,7 +229,7 @@ def _digest_of_zip(path: Path) -> str:
 def _unpack(path: Path, folder: Path) -> None:
     """Unpacks a sealed zip of plain, uncompressed files; nothing of it is written outside `folder`."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with artifacts.writing_errors(folder), zipfile.ZipFile(path) as archive:
             if archive.comment[:-DIGEST_CHARACTERS] != MARK:
                 raise UserError(f"{path}: is a zip, but no bundle of ours", fix="give what `bundle --zip` wrote")
             if _digest_of_zip(path).encode() != archive.comment[-DIGEST_CHARACTERS:]:
@@ -240,7 +241,15 @@ def _unpack(path: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as source, target.open("xb") as written:
                     shutil.copyfileobj(source, written, CHUNK)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:  # of features we do not write
+    # NotImplementedError: of features of zips that we do not write; the OSErrors: a name that is a file and a folder
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        ValueError,
+        FileExistsError,
+        NotADirectoryError,
+    ) as error:
         raise UserError(f"{path}: no zip that can be read ({error})", fix="get it, or make it, again") from error
 
 

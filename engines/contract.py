@@ -38,9 +38,9 @@ class Contract:
         names = [entry["name"] for entry in self.inputs]
         for name in feeds.keys() - {STEP, *names}:
             raise unknown("input", name, names, self.name)
-        for name in names:
-            if name not in feeds:
-                raise UserError(f"{self.name}: input {name!r} is missing", fix=f"feed {', '.join(names)}")
+        for entry in self.inputs:
+            if entry["name"] not in feeds:
+                raise UserError(f"{self.name}: input {entry['name']!r} is missing", fix=f"feed {entry['means']}")
 
     def check_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raises a UserError for a shape that the engine does not take, with the sizes that it does."""

@@ -60,7 +60,7 @@ def _picture_row(engine: Engine, bundle: Bundle, picture: Json) -> Json:
     drawn = engine.sample(recorded["noise"], wanted, unwanted or None)
     error = float(np.square(recorded["latent"].astype(np.float64) - drawn).mean())
     value = 10 * math.log10(picture["peak"] ** 2 / error) if error > 0 else math.inf
-    return row(f"{picture['count']} samples", value, picture["limit_db"])
+    return row(f"{picture['count']} samples", value, picture["limits_db"][engine.dtype])
 
 
 def row(what: str, value_db: float, limit_db: float) -> Json:

@@ -114,7 +114,7 @@ def load(
 
 def choose(bundle: Bundle, backend: str | None = None, engine: str | None = None) -> str:
     """Returns the name of the fastest engine that can run here, of those that are asked for."""
-    names = sorted(bundle.info["engines"], key=lambda name: _rank(bundle.info["engines"][name]["backend"]))
+    names: list[str] = sorted(bundle.info["engines"], key=lambda name: _rank(bundle.info["engines"][name]["backend"]))
     if engine is not None:
         bundle.engine(engine)  # which refuses a name that is not there
         names = [engine]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,5 @@ def fault(value: Any, shape: Any, where: str) -> str | None:
 def _fault_of_each(value: Any, shape: Each, where: str) -> str | None:
     if not isinstance(value, shape.kind):
         return f"{where} is no {'list' if shape.kind is list else 'object'}"
-    pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+    pairs = value.items() if isinstance(value, dict) else enumerate(cast("list[Any]", value))
     return next(filter(None, (fault(one, shape.of, f"{where}.{key}") for key, one in pairs)), None)

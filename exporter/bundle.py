@@ -228,6 +228,7 @@ def _write_golden(
     pipeline, drawn = write_pipeline(checkpoint, captions, recorded["latent"], list(run.graphs), root)
     tensors |= {f"picture/{name}": value for name, value in (recorded | drawn).items()}
     save_tensors({name: value.contiguous() for name, value in tensors.items()}, root / GOLDEN)
+    (root / GOLDEN).chmod(0o644)  # as the other files: bundles are handed on
     return {"steps": steps, "limits_db": limits, "picture": picture}, pipeline
 
 
@@ -262,8 +263,8 @@ def _pictures(
             if name not in (family.inputs()[0].name, "timestep"):
                 recorded[f"{half}/{name}"] = value
     peak = 2.0 if checkpoint.in_pixels else float(shown.max() - shown.min())
-    least = min(PICTURE_DB, *(value for by_step in limits.values() for value in by_step.values()))
-    picture = {"runner": runner, "count": count, "limit_db": least, "peak": peak}
+    least = {dtype: min(PICTURE_DB, *by_step.values()) for dtype, by_step in limits.items()}
+    picture = {"runner": runner, "count": count, "limits_db": least, "peak": peak}
     return picture, recorded, conditions.asked(indices)
 
 

@@ -20,7 +20,6 @@ CLASSES = (
     "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel",
     "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast",
 )  # fmt: skip
-WORD_START = "▁"  # how SentencePiece's vocabularies, T5's, mark the pieces that start a word
 # Encoders up to this size on disk are computed in fp32, larger ones (T5-XXL) as they are stored: memory is theirs.
 FP32_BYTES = 2 << 30
 

@@ -1,0 +1,75 @@
+"""The sampling loop without torch: its steps, guidance, and what it refuses."""
+
+from __future__ import annotations
+
+import bundles
+import numpy as np
+import pytest
+
+import engines
+from engines.errors import UserError
+
+NOISE = np.random.default_rng(0).standard_normal((2, *bundles.SHAPE), dtype=np.float32)
+LABELS = {"class_labels": np.array([1, 2])}
+NONE = {"class_labels": np.array([0, 0])}
+
+
+def test_every_step_is_its_six_numbers(tmp_path):
+    numbers = {
+        "scale_input": 0.5, "x0_latent": 0.25, "x0_prediction": 2.0, "next_x0": 0.75, "next_latent": 0.125,
+        "next_prediction": -0.5,
+    }  # fmt: skip
+
+    def edit(info):
+        info["sampler"]["portable"] = {"clip": 1.0, "steps": [numbers] * 3}
+        info["sampler"]["latent"]["init_noise_sigma"] = 3.0
+
+    engine, seen = engines.load(bundles.tiny_bundle(tmp_path / "tiny", edit=edit)), []
+    found = engine.sample(NOISE, LABELS, watch=lambda step, latent: seen.append((step, latent)))
+    x = 3.0 * NOISE.astype(np.float64)
+    for _ in range(3):
+        p = 0.5 * (0.5 * x) + LABELS["class_labels"][:, None, None, None]
+        x = 0.75 * np.clip(0.25 * x + 2.0 * p, -1, 1) + 0.125 * x - 0.5 * p
+    np.testing.assert_allclose(found, x, rtol=1e-5, atol=1e-6)  # fp32 against fp64, a few sums
+    assert [step for step, _ in seen] == [0, 1, 2]
+    np.testing.assert_array_equal(seen[-1][1], found)
+
+
+def test_guidance_runs_both_halves_in_one_batch(tmp_path):
+    engine = engines.load(bundles.tiny_bundle(tmp_path / "tiny", guided=True))
+    x = NOISE.astype(np.float64)
+    for _ in range(3):
+        wanted, unwanted = (0.5 * x + rows["class_labels"][:, None, None, None] for rows in (LABELS, NONE))
+        x = x - 0.25 * (unwanted + 2.0 * (wanted - unwanted))
+    np.testing.assert_allclose(engine.sample(NOISE, LABELS, NONE), x, rtol=1e-5, atol=1e-6)
+
+
+def test_every_step_is_told_its_number(tmp_path):
+    engine = engines.load(bundles.tiny_bundle(tmp_path / "tiny", step_input="index"))
+    x = NOISE.astype(np.float64)
+    for step in range(3):
+        x = x - 0.25 * (0.5 * x + LABELS["class_labels"][:, None, None, None] + step)
+    np.testing.assert_allclose(engine.sample(NOISE, LABELS), x, rtol=1e-5, atol=1e-6)
+
+
+def test_guidance_without_its_other_half_is_refused(tmp_path):
+    engine = engines.load(bundles.tiny_bundle(tmp_path / "tiny", guided=True))
+    with pytest.raises(UserError, match="guidance 2") as caught:
+        engine.sample(NOISE, LABELS)
+    assert "unwanted" in caught.value.fix
+
+
+def test_noise_of_another_shape_is_refused(tmp_path):
+    engine = engines.load(bundles.tiny_bundle(tmp_path / "tiny"))
+    with pytest.raises(UserError, match=r"\[2, 2, 4\]") as caught:
+        engine.sample(NOISE[:, 0], LABELS)
+    assert "[n, 1, 2, 4]" in caught.value.fix
+
+
+def test_a_sampler_that_needs_diffusers_says_why(tmp_path):
+    def edit(info):
+        info["sampler"] |= {"portable": None, "why_not_portable": "DDPMScheduler is random"}
+
+    engine = engines.load(bundles.tiny_bundle(tmp_path / "tiny", edit=edit))
+    with pytest.raises(UserError, match="DDPMScheduler is random"):
+        engine.sample(NOISE, LABELS)
