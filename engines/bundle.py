@@ -10,6 +10,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,8 +185,19 @@ def _inconsistent(artifact: Artifact) -> str | None:
             return f"engine {name!r} and its graph differ in step_input"
     if GOLDEN not in files:
         return f"there is no {GOLDEN}"
+    if info["pipeline"] and (reason := _pipeline_lacks(info["pipeline"], info["engines"].values())):
+        return reason
     if len(info["sampler"]["timesteps"]) != info["sampler"]["steps"]:
         return "the sampler's timesteps are not as many as its steps"
+    return None
+
+
+def _pipeline_lacks(pipeline: Json, engines: Collection[Json]) -> str | None:
+    """Returns for which engine a pipeline has no graph: every one needs its float type's, or fp32's."""
+    for part, graphs in (("text", "encoders"), ("vae", "decoders")):
+        held = pipeline[part][graphs].keys() & pipeline[part]["limits_db"].keys() if pipeline[part] else {"fp32"}
+        if missing := [engine["dtype"] for engine in engines if not held & {engine["dtype"], "fp32"}]:
+            return f"its pipeline has no {graphs} for a {missing[0]} engine"
     return None
 
 

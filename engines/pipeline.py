@@ -5,7 +5,7 @@ Text encoder and VAE decoder are graphs for ONNX Runtime, whatever backend the d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from engines import golden
 from engines.artifacts import Json
 from engines.backends import ort
-from engines.bundle import Bundle
 from engines.errors import UserError
 from engines.loading import Engine, load
 from engines.text import Words
@@ -43,8 +42,8 @@ class Pipeline:
             )
         self.engine, self._text, self._vae, self._constants = engine, info["text"], info["vae"], info["constants"]
         self._inputs: list[Json] = [self._text, *self._text["more"]]
-        self._encoder = _open(engine.bundle, self._text["encoders"], engine.dtype, threads)
-        self._decoder = _open(engine.bundle, self._vae["decoders"], engine.dtype, threads) if self._vae else None
+        self._encoder = self._open(self._text["encoders"], self._text["outputs"], threads)
+        self._decoder = self._open(self._vae["decoders"], [self._vae["output"]], threads) if self._vae else None
         self._words: dict[str, Words] = {}
 
     def draw(self, captions: Sequence[str], *, seed: int = 0, noise: Floats | None = None) -> Floats:
@@ -63,6 +62,8 @@ class Pipeline:
         noise: Floats | None = None,
     ) -> Floats:
         """Draws as `draw` does, for token ids [n, tokens] by the name of the encoder's input; `unwanted` is one row."""
+        self._check(wanted)
+        self._check(unwanted)
         count = len(wanted[self._text["input"]])
         noise = self.noise_of(count, seed) if noise is None else np.asarray(noise)
         if len(noise) != count:
@@ -96,7 +97,7 @@ class Pipeline:
         """Returns what the denoiser reads for token ids, a row each; without `wanted`, for guidance's other half."""
         count = len(next(iter(tokens.values())))
         parts = [
-            self._encoder.run({name: ids[first : first + CAPTIONS] for name, ids in tokens.items()})
+            self._encoder.run({name: ids[first : first + CAPTIONS].astype(np.int64) for name, ids in tokens.items()})
             for first in range(0, count, CAPTIONS)
         ]
         found = {self._text["outputs"][name]: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -115,6 +116,11 @@ class Pipeline:
             for first in range(0, len(scaled), PICTURES)
         ]
         return np.concatenate(parts).clip(-1, 1)
+
+    def _open(self, graphs: Mapping[str, str], outputs: Collection[str], threads: int) -> ort.OrtRunner:
+        kind = _held(graphs, self.engine.dtype)
+        session = ort.open_session(self.engine.bundle.file(graphs[kind]), plain_record(kind), threads=threads)
+        return ort.OrtRunner(session, "pipeline", list(outputs))
 
     def self_test(self) -> list[Json]:
         """Encodes the recorded tokens and decodes the recorded latents; returns a row for each, as an engine's test."""
@@ -138,17 +144,22 @@ class Pipeline:
         limits: dict[str, float] = part["limits_db"]
         return limits[_held(limits, self.engine.dtype)]
 
+    def _check(self, tokens: Mapping[str, NDArray[Any]]) -> None:
+        for entry in self._inputs:
+            found = tokens.get(entry["input"])
+            if found is None or found.dtype.kind not in "iu" or found.shape[1:] != (entry["tokens"],):
+                kind = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise UserError(
+                    f"tokens {entry['input']!r}: {kind}",
+                    fix=f"give whole numbers [n, {entry['tokens']}], as tokens() does",
+                )
+
     def _words_of(self, entry: Json) -> Words:
         """Opens a tokenizer when a caption first needs it: who gives token ids need not have the library."""
         file = entry["tokenizer"]
         if file not in self._words:
             self._words[file] = Words(self.engine.bundle.file(file), (entry["pad"], entry["eos"]))
         return self._words[file]
-
-
-def _open(bundle: Bundle, graphs: Mapping[str, str], dtype: str, threads: int) -> ort.OrtRunner:
-    kind = _held(graphs, dtype)
-    return ort.OrtRunner(ort.open_session(bundle.file(graphs[kind]), plain_record(kind), threads=threads))
 
 
 def _held(by_type: Mapping[str, Any], dtype: str) -> str:

@@ -25,7 +25,7 @@ class Words:
             ) from error
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001  the library raises no narrower one
+        except Exception as error:  # the library raises no narrower one
             raise UserError(f"{file}: no tokenizer ({error})", fix="get the bundle, or make it, again") from error
         model = self._tokenizer.model
         unknown = self._tokenizer.token_to_id(model.unk_token) if type(model).__name__ == "WordLevel" else None

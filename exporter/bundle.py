@@ -210,9 +210,7 @@ def _copy(artifact: Artifact, names: Sequence[str], folder: Path) -> None:
         ort.link_or_copy(artifact.file(name), target)
 
 
-def _write_golden(
-    checkpoint: Checkpoint, run: Run, report: Json, folder: Path, root: Path
-) -> tuple[Json, Json | None]:
+def _write_golden(checkpoint: Checkpoint, run: Run, report: Json, folder: Path, root: Path) -> tuple[Json, Json | None]:
     """Writes recorded feeds and outputs, whole samples, and the rest of a pipeline, if the model is part of one.
 
     Returns what of the recorded an engine must give, and what there is of the pipeline.

@@ -117,7 +117,7 @@ def _write_vae(
     scaling, shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
     scaled = latents / scaling + shift
     with torch.no_grad():
-        pictures = torch.cat([decoder(one)[0] for one in scaled.split(1)])
+        pictures = torch.cat([decoder(one)[0] for one in torch.split(scaled, 1)])
     del decoder
     one = {vae.INPUT: scaled[:1]}
     files, limits = _write_graphs(lambda: vae.open_decoder(checkpoint.root), axes, one, dtypes, folder / VAE_FOLDER)

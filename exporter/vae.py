@@ -32,7 +32,9 @@ class Decoder(nn.Module):
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Returns the picture's shape; its sides are the latent's, doubled as often as the VAE halves."""
-        return (TensorSpec(OUTPUT, "float", ("batch", self.vae.config.out_channels, "picture_height", "picture_width")),)
+        return (
+            TensorSpec(OUTPUT, "float", ("batch", self.vae.config.out_channels, "picture_height", "picture_width")),
+        )
 
     def axes(self, height: int, width: int) -> dict[str, Axis]:
         """Returns what it is traced with."""
