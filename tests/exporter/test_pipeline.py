@@ -27,7 +27,7 @@ from exporter import recipe, text, vae
 from exporter.bundle import bundle
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
-from exporter.conditions import Conditions
+from exporter.conditions import Conditions, validation_entries
 from exporter.images import SEED_OFFSET, SHOWN
 from exporter.lower import lower
 from exporter.metrics import sqnr_db
@@ -87,7 +87,7 @@ def judge(folder, checkpoint, engine):
 
     _, run = open_run(folder)
     indices = [SEED_OFFSET, SEED_OFFSET + 1]
-    conditions = Conditions(checkpoint, run.quantized.info["entries"])
+    conditions = Conditions(checkpoint, validation_entries(checkpoint, run.quantized.info["entries"]))
     drawn = sample(backends.open_runner(engine, 1), checkpoint, conditions, indices, 0)
     save_file({"ort": drawn.contiguous()}, folder / SHOWN)
     images = {"runner": "ort", "task_score": None}
