@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from engines import artifacts, backends, schedule
+from engines import artifacts, backends, external_data, schedule
 from engines import bundle as bundles
 from engines.artifacts import Artifact, Request
 from engines.audit import check_compression
@@ -138,6 +138,7 @@ def _worker(backend: str, graph_folder: str, folder: str, gpu: str, decode: str)
         graph = _reopened(Path(graph_folder))
         with artifacts.writing_errors(Path(folder)):
             model = graph.file("model.onnx")
+            external_data.check(model, graph.files())
             widened = backends.load(backend).build(model, graph.info, Path(folder), gpu or None, decode or None)
             if schedule.FILE in graph.files():
                 shutil.copyfile(graph.file(schedule.FILE), Path(folder) / schedule.FILE)

@@ -25,6 +25,8 @@ GOLDEN = "golden.safetensors"
 MARK = b"export-engine sha256 "  # of a zip's comment, before the digest of all that comes before it
 DIGEST_CHARACTERS = 64
 CHUNK = 1 << 20
+# NotImplementedError: of features of zips that we do not write; the OSErrors: of a name that is a file and a folder.
+UNREADABLE = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, FileExistsError, NotADirectoryError)
 
 _INPUT = {"name": str, "dtype": str, "shape": Each((int, str), list), "means": str}
 _AXIS = {"min": int, "opt": int, "max": int, "multiple": int}
@@ -253,15 +255,7 @@ def _unpack(path: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as source, target.open("xb") as written:
                     shutil.copyfileobj(source, written, CHUNK)
-    # NotImplementedError: of features of zips that we do not write; the OSErrors: a name that is a file and a folder
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        EOFError,
-        ValueError,
-        FileExistsError,
-        NotADirectoryError,
-    ) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: no zip that can be read ({error})", fix="get it, or make it, again") from error
 
 
