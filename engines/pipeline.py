@@ -62,15 +62,15 @@ class Pipeline:
         noise: Floats | None = None,
     ) -> Floats:
         """Draws as `draw` does, for token ids [n, tokens] by the name of the encoder's input; `unwanted` is one row."""
-        self._check(wanted)
-        self._check(unwanted)
-        count = len(wanted[self._text["input"]])
+        count = len(wanted.get(self._text["input"], ()))
+        self._check(wanted, count)
+        self._check(unwanted, 1)
         noise = self.noise_of(count, seed) if noise is None else np.asarray(noise)
         if len(noise) != count:
             raise UserError(f"noise for {len(noise)} pictures, and {count} captions", fix="give as many of both")
         rows = self.conditions(wanted)
         nothing = self.conditions(unwanted, wanted=False) if self.engine.sampler["guided"] else None
-        most = self.engine.axes["batch"]["max"] // (1 if nothing is None else 2)
+        most = max(1, self.engine.axes["batch"]["max"] // (1 if nothing is None else 2))
         parts = []
         for first in range(0, count, most):
             part = slice(first, first + most)
@@ -83,6 +83,8 @@ class Pipeline:
 
         torch's generators give other numbers for the same seed.
         """
+        if seed < 0:
+            raise UserError(f"seed {seed}", fix="give a whole number, 0 or more")
         shape = self.engine.sampler["latent"]["shape"]
         streams = (np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, i)))) for i in range(count))
         return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
@@ -144,15 +146,13 @@ class Pipeline:
         limits: dict[str, float] = part["limits_db"]
         return limits[_held(limits, self.engine.dtype)]
 
-    def _check(self, tokens: Mapping[str, NDArray[Any]]) -> None:
+    def _check(self, tokens: Mapping[str, NDArray[Any]], count: int) -> None:
         for entry in self._inputs:
-            found = tokens.get(entry["input"])
-            if found is None or found.dtype.kind not in "iu" or found.shape[1:] != (entry["tokens"],):
-                kind = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-                raise UserError(
-                    f"tokens {entry['input']!r}: {kind}",
-                    fix=f"give whole numbers [n, {entry['tokens']}], as tokens() does",
-                )
+            found, wanted = tokens.get(entry["input"]), (count, entry["tokens"])
+            if found is None or found.dtype.kind not in "iu" or found.shape != wanted or not count:
+                told = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+                kind = f"whole numbers {[count or 'n', entry['tokens']]}"
+                raise UserError(f"tokens {entry['input']!r}: {told}", fix=f"give {kind}, as tokens() does")
 
     def _words_of(self, entry: Json) -> Words:
         """Opens a tokenizer when a caption first needs it: who gives token ids need not have the library."""

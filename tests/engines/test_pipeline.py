@@ -188,19 +188,29 @@ def test_token_ids_need_no_tokenizer(pipeline, monkeypatch):
     np.testing.assert_array_equal(opened.draw_tokens(wanted, wanted, noise=zeros(1)), expected)
 
 
+ONE = {"tokens": np.zeros((1, TOKENS), np.int64)}
+
+
 @pytest.mark.parametrize(
-    ("tokens", "told"),
+    ("wanted", "unwanted", "told"),
     [
-        ({}, "'tokens': missing"),
-        ({"tokens": np.zeros((1, 4), np.int64)}, r"int64 \[1, 4\]"),
-        ({"tokens": np.zeros((1, 3))}, r"float64 \[1, 3\]"),
-        ({"tokens": np.zeros(3, np.int64)}, r"int64 \[3\]"),
+        ({}, ONE, "'tokens': missing"),
+        ({"tokens": np.zeros((1, 4), np.int64)}, ONE, r"int64 \[1, 4\]"),
+        ({"tokens": np.zeros((1, 3))}, ONE, r"float64 \[1, 3\]"),
+        ({"tokens": np.zeros(3, np.int64)}, ONE, r"int64 \[3\]"),
+        ({"tokens": np.zeros((0, 3), np.int64)}, ONE, r"int64 \[0, 3\]"),
+        (ONE, {"tokens": np.zeros((2, 3), np.int64)}, r"int64 \[2, 3\]"),
     ],
 )
-def test_other_tokens_are_refused_with_what_is_wanted(pipeline, tokens, told):
+def test_other_tokens_are_refused_with_what_is_wanted(pipeline, wanted, unwanted, told):
     with pytest.raises(UserError, match=told) as caught:
-        pipeline().draw_tokens(tokens, tokens)
-    assert "[n, 3]" in caught.value.fix
+        pipeline().draw_tokens(wanted, unwanted)
+    assert ", 3]" in caught.value.fix
+
+
+def test_a_seed_below_zero_is_refused(pipeline):
+    with pytest.raises(UserError, match="seed -1"):
+        pipeline().draw(["red"], seed=-1)
 
 
 @pytest.mark.parametrize("captions", ["red", []])
