@@ -28,7 +28,7 @@ from exporter.conditions import Conditions, validation_entries
 from exporter.images import SEED_OFFSET, SHOWN
 from exporter.metrics import sqnr_db
 from exporter.models import TensorSpec
-from exporter.pipeline import digest, write_pipeline
+from exporter.pipeline import vae_digest, write_pipeline
 from exporter.portable import portable
 from exporter.quantize import RECIPE, reference_feeds, reference_steps
 from exporter.run_folder import REPORT, Run, open_run
@@ -71,7 +71,7 @@ def bundle(folder: Path, out: Path, *, engines: Sequence[Path] = (), failed: boo
     made_from = {"quantized": run.quantized.digest} | {f"engine {name}": one.digest for name, one in built.items()}
     settings = {
         "report": artifacts.digest_json([report["checks"], report["accuracy"]["images"]]),
-        "vae": digest(checkpoint),
+        "vae": vae_digest(checkpoint),
     }
     request = Request(KIND, made_from, settings, versions("torch", "diffusers", "transformers", "tokenizers"))
     if (made := artifacts.current(out, request)) is not None:

@@ -52,8 +52,8 @@ def why_not(checkpoint: Checkpoint) -> str | None:
     return vae.why_not(root, read_json(root / INDEX), checkpoint.family.latent_shape())
 
 
-def digest(checkpoint: Checkpoint) -> dict[str, str]:
-    """Returns the digest of every file that a pipeline is made of and the model's own digest does not cover."""
+def vae_digest(checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns the digest of every file of a served VAE, which the model's own digest does not cover."""
     folder = checkpoint.root / vae.FOLDER
     served = why_not(checkpoint) is None and not checkpoint.in_pixels
     return {file.name: digest_file(file) for file in sorted(folder.iterdir()) if file.is_file()} if served else {}
@@ -138,7 +138,7 @@ def _write_graphs(
     """
     files, limits = {}, {}
     for dtype in dtypes:
-        found = _write_graph(opened(), axes, feeds, dtype, folder / dtype / MODEL)
+        found = _write_graph(opened, axes, feeds, dtype, folder / dtype / MODEL)
         if found >= LEAST_DB[dtype]:
             files[dtype] = f"{folder.name}/{dtype}/{MODEL}"
             limits[dtype] = min(found, KNOWN_DB) - MARGIN_DB
@@ -151,13 +151,15 @@ def _write_graphs(
 
 
 def _write_graph(
-    module: TextHalf | vae.Decoder, axes: Mapping[str, Axis], feeds: Tensors, dtype: str, path: Path
+    opened: Callable[[], TextHalf | vae.Decoder], axes: Mapping[str, Axis], feeds: Tensors, dtype: str, path: Path
 ) -> float:
     """Writes one graph; returns how well ONNX Runtime agrees on it with the fp32 module, the worst of its outputs."""
+    module = opened()
     with torch.no_grad():
         expected = module(*feeds.values())
     names = [spec.name for spec in module.outputs()]
     lower_plain(module, module.inputs(), module.outputs(), axes, dtype, path)
+    del module  # a session holds the weights too
     runner = OrtRunner(open_session(path, plain_record(dtype)), outputs=names)
     got = runner.run({name: value.numpy() for name, value in feeds.items()})
     pairs = zip(names, expected, strict=True)

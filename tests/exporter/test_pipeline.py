@@ -138,11 +138,11 @@ def test_recorded_noise_and_tokens_give_the_recorded_picture(bundled):
 
 
 def test_a_changed_vae_is_another_bundle(sd, bundled):
-    before = stage.digest(open_checkpoint(str(sd)))
+    before = stage.vae_digest(open_checkpoint(str(sd)))
     config = sd / "vae" / "config.json"
     kept = config.read_text()
     config.write_text(kept + "\n")
-    assert stage.digest(open_checkpoint(str(sd))) != before
+    assert stage.vae_digest(open_checkpoint(str(sd))) != before
     config.write_text(kept)
 
 
