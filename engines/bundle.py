@@ -32,6 +32,7 @@ _INPUT = {"name": str, "dtype": str, "shape": Each((int, str), list), "means": s
 _AXIS = {"min": int, "opt": int, "max": int, "multiple": int}
 _ENGINE: Json = {
     "folder": str, "file": str, "backend": str, "gpu": Maybe(str), "dtype": str, "decode": Maybe(str), "digest": str,
+    "refit": bool, "weight_streaming": Maybe((int, str)),
     "versions": Each(str, dict), "weight_bytes": int, "resident_weight_bytes": int, "step_input": Maybe(str),
     "session": Maybe(
         {

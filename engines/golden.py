@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 
 def read(bundle: Bundle, prefix: str) -> dict[str, NDArray[Any]]:
     """Returns the recorded arrays under `prefix`, by what follows it."""
+    return read_tensors(bundle.file(GOLDEN), prefix)
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, NDArray[Any]]:
     from safetensors import SafetensorError, safe_open
 
-    path = bundle.file(GOLDEN)
     try:
         with safe_open(path, framework="numpy") as file:
             return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.artifacts import Artifact, Json
+from engines.contract import as_numpy
 from engines.errors import UserError
 from engines.runner import Feeds, Runner
 
@@ -46,15 +47,26 @@ def with_steps(runner: Runner, graph: Json, engine: Artifact) -> Runner:
     """Returns a runner that checks the feeds' `step`, and looks its row up where the graph wants that."""
     if graph["step_input"] is None:
         return runner
-    return _Stepped(runner, graph["fed_timesteps"], _table(engine) if graph["step_input"] == "row" else None)
+    steps = graph["fed_timesteps"]
+    table = read_table(engine, len(steps)) if graph["step_input"] == "row" else None
+    return _Stepped(runner, graph["fed_timesteps"], table)
 
 
-def _table(engine: Artifact) -> NDArray[np.float32]:
+def read_table(engine: Artifact, steps: int) -> NDArray[np.float32]:
+    """Returns what an engine's steps multiply by, fp32 [steps, n]."""
     path = engine.file(FILE)
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise UserError(f"{path}: more than {MAX_TABLE_BYTES} bytes", fix="build the engine again")
-    found: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    return found
+    try:
+        found: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, EOFError, OverflowError) as error:  # what numpy raises for a header it does not take
+        raise UserError(f"{path}: no table of numbers ({error})", fix="build the engine again") from error
+    if found.dtype != np.float32 or found.ndim != 2 or len(found) != steps:
+        raise UserError(
+            f"{path}: {found.dtype} {list(found.shape)}, where fp32 [{steps}, n] is wanted",
+            fix="build the engine again",
+        )
+    return np.array(found)
 
 
 class _Stepped:
@@ -68,7 +80,7 @@ class _Stepped:
 
     def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Runs as its runner's does; `step` and `timestep` are read on the host, to be checked."""
-        hosted = {name: np.asarray(feeds[name]) for name in ("step", "timestep") if name in feeds}
+        hosted = {name: as_numpy(feeds[name]) for name in ("step", "timestep") if name in feeds}
         found: dict[str, Any] = cast(Any, self._runner).run_dlpack({**feeds, **self._with_step(hosted)})
         return found
 

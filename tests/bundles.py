@@ -89,7 +89,7 @@ def graph_info(step_input=None, dtype="fp32"):
 def engine_entry(step_input=None, **changes):
     entry = {
         "folder": "engines/ort", "file": "model.onnx", "backend": "ort", "gpu": None, "dtype": "fp32", "decode": "run",
-        "digest": "e" * 64, "versions": {}, "weight_bytes": 0, "resident_weight_bytes": 0, "step_input": step_input,
+        "refit": False, "weight_streaming": None, "digest": "e" * 64, "versions": {}, "weight_bytes": 0, "resident_weight_bytes": 0, "step_input": step_input,
         "session": {
             "disabled_optimizers": [], "config": {}, "config_if_sums_saturate": {}, "config_if_shared": {},
             "codebook_ops": False,

@@ -158,6 +158,7 @@ def test_an_engine_for_another_gpu_is_refused_with_the_command_that_builds_one(t
 
 def test_an_engine_of_another_version_of_its_library_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "detect", lambda: "sm89")
+    monkeypatch.setattr("engines.backends.trt_rtx.cannot_run", lambda: None)
     with pytest.raises(UserError, match=r"it was built with tensorrt_rtx 0\.0, here is"):
         engines.load(gpu_bundle(tmp_path), backend="trt-rtx")
 
