@@ -39,7 +39,7 @@ def rows(engine: Engine, bundle: Bundle) -> list[Json]:
     found = [_step_row(engine, bundle, step, limits[str(step)]) for step in golden["steps"]]
     if golden["picture"] and bundle.info["sampler"]["portable"]:
         found.append(_picture_row(engine, bundle, golden["picture"]))
-    if bundle.info["pipeline"]:
+    if golden["picture"] and bundle.info["pipeline"]:
         from engines.pipeline import Pipeline  # which loads engines, as what calls this does
 
         found += Pipeline(engine).self_test()

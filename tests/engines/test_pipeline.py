@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +179,15 @@ def test_noise_is_every_rows_own(pipeline):
     np.testing.assert_array_equal(noise[:2], opened.noise_of(2, 7))
     assert len({row.tobytes() for row in (*noise, *opened.noise_of(3, 8))}) == 6
     np.testing.assert_array_equal(opened.draw(["red"] * 3, seed=7), opened.draw(["red"] * 3, noise=noise))
+
+
+def test_threads_draw_what_one_alone_does(pipeline):
+    opened = pipeline(guided=True)
+    asked = [(["red", "blue green"][: 1 + i % 2], i) for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        drawn = list(pool.map(lambda one: opened.draw(one[0], seed=one[1]), asked))
+    for (captions, seed), picture in zip(asked, drawn, strict=True):
+        np.testing.assert_array_equal(picture, opened.draw(captions, seed=seed))
 
 
 def test_token_ids_need_no_tokenizer(pipeline, monkeypatch):
