@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -16,6 +17,12 @@ from engines.runner import Feeds, Runner
 FILE = "step_table.npy"  # fp32 [steps, n]: what such a graph multiplies by, a row for each step
 MAX_TABLE_BYTES = 64 << 20
 ROW = "step_row"  # the input of a graph that is told the table's row rather than its number
+# What numpy.save writes before the numbers of such a table; its own reader evaluates the text as Python.
+# Source: numpy.lib.format, version 1.0.
+HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<f4', 'fortran_order': False, 'shape': \((\d{1,6}), (\d{1,8})\), \} *\n",
+    re.DOTALL,
+)
 TOLERANCE = 1e-3  # of a timestep, relative: schedulers compute them in fp32
 
 
@@ -57,16 +64,11 @@ def read_table(engine: Artifact, steps: int) -> NDArray[np.float32]:
     path = engine.file(FILE)
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise UserError(f"{path}: more than {MAX_TABLE_BYTES} bytes", fix="build the engine again")
-    try:
-        found: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError, OverflowError) as error:  # what numpy raises for a header it does not take
-        raise UserError(f"{path}: no table of numbers ({error})", fix="build the engine again") from error
-    if found.dtype != np.float32 or found.ndim != 2 or len(found) != steps:
-        raise UserError(
-            f"{path}: {found.dtype} {list(found.shape)}, where fp32 [{steps}, n] is wanted",
-            fix="build the engine again",
-        )
-    return np.array(found)
+    content = path.read_bytes()
+    header = HEADER.match(content)
+    if header is None or int(header[1]) != steps or len(content) - header.end() != 4 * steps * int(header[2]):
+        raise UserError(f"{path}: is no table of fp32 numbers [{steps}, n]", fix="build the engine again")
+    return np.frombuffer(content, np.dtype("<f4"), offset=header.end()).reshape(steps, -1).astype(np.float32)
 
 
 class _Stepped:

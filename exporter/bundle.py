@@ -192,7 +192,17 @@ def _place_engine(name: str, engine: Artifact, root: Path) -> Json:
     folder = f"engines/{name}"
     _copy(engine, engine.files(), root / folder)
     info = with_versions(engine).info
-    keys = ("backend", "gpu", "dtype", "decode", "refit", "weight_streaming", "versions", "weight_bytes", "resident_weight_bytes")
+    keys = (
+        "backend",
+        "gpu",
+        "dtype",
+        "decode",
+        "refit",
+        "weight_streaming",
+        "versions",
+        "weight_bytes",
+        "resident_weight_bytes",
+    )
     return {
         "folder": folder,
         "file": next(file for file in engine.files() if file not in (PLAN, schedule.FILE)),

@@ -7,6 +7,7 @@ from the corpus in tests/corpus; what it finds lies in --out, and belongs into t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import shutil
@@ -14,24 +15,37 @@ import struct
 import sys
 import tempfile
 import time
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 CORPUS = ROOT / "tests/corpus"
 
-import bundles  # noqa: E402
+try:
+    import atheris
+except ImportError:
+    atheris = None
+watched = ["bundles", "engines", "exporter", "zipfile", "tomllib", "numpy.lib.format"]
+with atheris.instrument_imports(include=watched) if atheris else contextlib.nullcontext():
+    import bundles
 
-from engines import artifacts, external_data, loading, schedule  # noqa: E402
-from engines.artifacts import Artifact  # noqa: E402
-from engines.bundle import DIGEST_CHARACTERS, MARK, _digest_of_zip, open_bundle  # noqa: E402
-from engines.contract import Contract  # noqa: E402
-from engines.errors import UserError  # noqa: E402
+    from engines import artifacts, external_data, loading, schedule
+    from engines.artifacts import Artifact
+    from engines.backends import _codebooks
+    from engines.bundle import DIGEST_CHARACTERS, MARK, _digest_of_zip, open_bundle, pack
+    from engines.errors import UserError
+    from engines.golden import read_tensors
+    from exporter.formats import codebook
+    from exporter.formats import int as integers
+    from exporter.quantized import read_codes
+    from exporter.recipe import load as load_recipe
+    from exporter.tensors import pack as pack_codes
+    from exporter.weights import read_header
 
 MAX_RSS_GROWTH = 256 << 20  # bytes beyond what the first thousand inputs needed: the fuzzer's own corpus lies in memory
 
@@ -56,17 +70,38 @@ def manifest(place: Place, data: bytes) -> None:
     artifacts.open_artifact(place.bundle, artifacts.kind_of(place.bundle))
 
 
+ODD = (
+    None, True, 0, -1, 1, 3, 8, 1 << 62, 0.5, -1e308, "", "..", "/", "fp16", "int64", "trt-rtx", "sm89", "row", "index",
+    "step", "batch", "engines/ort", "x" * 300, [], {}, [[]], {"": {}}, ["batch", 1], [1, 2, 3],
+)  # fmt: skip
+
+
 def info(place: Place, data: bytes) -> None:
-    """The bytes are what a bundle's manifest says of itself, sealed as only somebody who means harm would."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return
+    """The bytes put odd values here and there into what a bundle says of itself, sealed as if by who means harm."""
+    found = json.loads(json.dumps(place.manifest["info"]))
+    for first, second, value in zip(data[0::3], data[1::3], data[2::3], strict=False):
+        places = list(_places(found))
+        owner, key = places[(first << 8 | second) % len(places)]
+        if value == len(ODD):
+            del owner[key]
+        else:
+            owner[key] = ODD[value % len(ODD)]
+        if not found:
+            return
     artifacts.seal(place.bundle / artifacts.MANIFEST, place.manifest | {"info": found})
     opened = open_bundle(place.bundle)
-    engine = opened.engine(loading.choose(opened))
-    engine.file(opened.info["engines"]["ort"]["file"] if "ort" in opened.info["engines"] else "model.onnx")
-    Contract("fuzz", opened.info["inputs"], opened.info["axes"]).checked(bundles.feeds())
+    engine = loading.Engine(opened, name := loading.choose(opened), opened.engine(name), 1)
+    engine.run(bundles.feeds())
+    engine.sample(np.zeros((2, *bundles.SHAPE), np.float32), {"class_labels": np.zeros(2, np.int64)})
+    engine.self_test()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields every place of a JSON value, as the list or object that holds it and its key there."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(pairs):
+        yield value, key
+        yield from _places(inner)
 
 
 def zip_(place: Place, data: bytes) -> None:
@@ -79,9 +114,6 @@ def zip_(place: Place, data: bytes) -> None:
 
 def safetensors(place: Place, data: bytes) -> None:
     """The bytes are a file of weights, or of golden feeds."""
-    from engines.golden import read_tensors
-    from exporter.weights import read_header
-
     path = place.written("fuzz.safetensors", data)
     for read in (read_header, lambda path: read_tensors(path, "0/")):
         _refused_or(lambda read=read: read(path))
@@ -96,8 +128,6 @@ def step_table(place: Place, data: bytes) -> None:
 
 def onnx(place: Place, data: bytes) -> None:
     """The bytes are a graph: its external data, functions and codebooks are looked at as a build does."""
-    from engines.backends import _codebooks
-
     path = place.written("fuzz.onnx", data)
     external_data.check(path, ["fuzz.onnx", "fuzz.onnx.data"])
     _codebooks.rewrite(path, "run")
@@ -105,12 +135,6 @@ def onnx(place: Place, data: bytes) -> None:
 
 def codes(place: Place, data: bytes) -> None:
     """The bytes are a layer's stored codes, of a format and in a shape that the first of them choose."""
-    import torch
-
-    from exporter.formats import codebook
-    from exporter.formats import int as integers
-    from exporter.quantized import read_codes
-
     if len(data) < 4:
         return
     kind, rows, columns, raw = data[0], data[1] % 16 + 1, 2 * (data[2] % 8 + 1), bytearray(data[3:])
@@ -123,19 +147,13 @@ def codes(place: Place, data: bytes) -> None:
 
 def _like_stored(packed: Any, fmt: Any, like: Any) -> Any:
     """Returns the shape that codes of a format are stored in, where there are as many."""
-    import torch
-
-    from exporter.tensors import pack
-
-    wanted = pack(torch.empty_like(like), fmt)
+    wanted = pack_codes(torch.empty_like(like), fmt)
     return wanted.shape if wanted.numel() == packed.numel() else packed.shape
 
 
 def recipe(place: Place, data: bytes) -> None:
     """The bytes are a user's recipe."""
-    from exporter.recipe import load
-
-    load(str(place.written("fuzz.toml", data)))
+    load_recipe(str(place.written("fuzz.toml", data)))
 
 
 TARGETS: dict[str, Callable[[Place, bytes], None]] = {
@@ -167,8 +185,6 @@ def seeds(target: str) -> dict[str, bytes]:
 
 
 def _seeds(target: str, place: Place) -> dict[str, bytes]:
-    from engines.bundle import pack
-
     sealed = (place.bundle / artifacts.MANIFEST).read_bytes()
     if target == "zip":
         pack(place.bundle, place.path / "whole.zip")
@@ -182,7 +198,7 @@ def _seeds(target: str, place: Place) -> dict[str, bytes]:
         return {file.stem: file.read_bytes() for file in sorted((ROOT / "exporter/recipes").glob("*.toml"))}
     whole = {
         "manifest": sealed,
-        "info": json.dumps(place.manifest["info"]).encode(),
+        "info": bytes([0, 3, 1, 0, 20, 4, 1, 7, 9]),
         "safetensors": (place.bundle / "golden.safetensors").read_bytes(),
         "onnx": (place.bundle / "engines/ort/model.onnx").read_bytes(),
     }
@@ -195,14 +211,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, required=True, help="Folder of the growing corpus, and of what is found.")
     arguments = parser.parse_args()
-    try:
-        import atheris
-    except ImportError:
+    if atheris is None:
         sys.exit("atheris is not installed\n  fix: pip install atheris")
-    with atheris.instrument_imports(include=["engines", "exporter", "zipfile", "tomllib"]):
-        for name in ("exporter.recipe", "exporter.tensors", "exporter.quantized", "engines.backends._codebooks"):
-            __import__(name)
-    atheris.instrument_func(tomllib.loads)
     out = arguments.out / arguments.target
     out.mkdir(parents=True, exist_ok=True)
     for name, content in seeds(arguments.target).items():

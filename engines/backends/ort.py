@@ -262,7 +262,15 @@ class OrtRunner:
 
 
 def open_runner(engine: Artifact, threads: int = 0) -> OrtRunner:
-    return OrtRunner(open_session(engine.file("model.onnx"), engine.info["graph"], threads=threads))
+    graph = engine.info["graph"]
+    session = open_session(engine.file("model.onnx"), graph, threads=threads)
+    found, said = {i.name for i in session.get_inputs()}, {entry["name"] for entry in graph["inputs"]}
+    if found != said or graph["output"] not in {o.name for o in session.get_outputs()}:
+        raise UserError(
+            f"{engine.path}: its model takes {', '.join(sorted(found))}, its manifest says {', '.join(sorted(said))}",
+            fix="do not use this engine: it was tampered with; get it, or make it, again",
+        )
+    return OrtRunner(session)
 
 
 def plan(model: Path, graph: Json) -> list[PlanRow]:

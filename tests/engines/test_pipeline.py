@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from engines.errors import UserError
 from engines.pipeline import Pipeline
 
 TOKENS, SHAPE = 3, [1, 2, 2]
+CAPTION, SIZES = "class_labels", "timestep"  # inputs that the tiny bundle has, whatever they are called there
 VOCABULARY = {"<pad>": 0, "red": 1, "blue": 2, "green": 3, "<unk>": 4}
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 
@@ -63,7 +65,7 @@ def described(**changes):
     text = {
         "tokenizer": "tokenizer/tokenizer.json", "tokens": TOKENS, "pad": 0, "bos": None, "eos": None,
         "input": "tokens", "more": [], "encoders": {"fp32": "text_encoder/fp32/model.onnx"},
-        "outputs": {"state": "caption"}, "unwanted": "caption", "limits_db": {"fp32": 77.0},
+        "outputs": {"state": CAPTION}, "unwanted": "caption", "limits_db": {"fp32": 77.0},
     }  # fmt: skip
     vae = {
         "decoders": {"fp32": "vae_decoder/fp32/model.onnx"}, "input": "latent", "output": "picture",
@@ -101,7 +103,7 @@ class Engine:
         self.calls.append((len(noise), wanted, unwanted))
         assert len(noise) * (2 if self.guided else 1) <= self.most
         assert all(len(value) == len(noise) for value in (*wanted.values(), *(unwanted or {}).values()))
-        return noise + wanted["caption"][:, 0, None, None, None]
+        return noise + wanted[CAPTION][:, 0, None, None, None]
 
 
 @pytest.fixture
@@ -141,34 +143,34 @@ def test_a_latent_is_scaled_back_shifted_and_clipped(pipeline):
 def test_the_empty_caption_is_what_guidance_goes_away_from(pipeline):
     opened = pipeline(guided=True)
     opened.draw(["red", "blue"], noise=zeros(2))
-    np.testing.assert_array_equal(opened.engine.calls[0][2]["caption"], np.zeros((2, TOKENS)))
-    unwanted = opened.conditions(opened.tokens(["blue"]), wanted=False)["caption"]
+    np.testing.assert_array_equal(opened.engine.calls[0][2][CAPTION], np.zeros((2, TOKENS)))
+    unwanted = opened.conditions(opened.tokens(["blue"]), wanted=False)[CAPTION]
     np.testing.assert_array_equal(unwanted, [[2, 0, 0]])
 
 
 def test_zeros_are_what_guidance_goes_away_from_where_the_bundle_says_so(pipeline):
     opened = pipeline(guided=True, text={"unwanted": "zeros"})
-    np.testing.assert_array_equal(opened.conditions(opened.tokens(["blue"]), wanted=False)["caption"], [[0, 0, 0]])
+    np.testing.assert_array_equal(opened.conditions(opened.tokens(["blue"]), wanted=False)[CAPTION], [[0, 0, 0]])
 
 
 def test_constants_are_fed_with_every_caption(pipeline):
-    opened = pipeline(constants={"sizes": [8, 9.5]})
+    opened = pipeline(constants={SIZES: [8, 9.5]})
     opened.draw(["red", "blue"], noise=zeros(2))
-    np.testing.assert_array_equal(opened.engine.calls[0][1]["sizes"], [[8, 9.5], [8, 9.5]])
+    np.testing.assert_array_equal(opened.engine.calls[0][1][SIZES], [[8, 9.5], [8, 9.5]])
 
 
 @pytest.mark.parametrize(("dtype", "state"), [("fp32", 1.0), ("fp16", 1.5)])
 def test_an_engine_is_fed_by_graphs_of_its_own_float_type(pipeline, dtype, state):
     both = {name: f"text_encoder/{name}/model.onnx" for name in TYPES}
     opened = pipeline(dtype=dtype, text={"encoders": both, "limits_db": dict.fromkeys(TYPES, 30.0)})
-    found = opened.conditions(opened.tokens(["red"]))["caption"]
+    found = opened.conditions(opened.tokens(["red"]))[CAPTION]
     assert found.dtype == np.float32
     assert found[0, 0] == state
 
 
 def test_a_graph_that_fp16_cannot_hold_is_taken_in_fp32(pipeline):
     opened = pipeline(dtype="fp16")
-    assert opened.conditions(opened.tokens(["red"]))["caption"][0, 0] == 1.0
+    assert opened.conditions(opened.tokens(["red"]))[CAPTION][0, 0] == 1.0
 
 
 def test_noise_is_every_rows_own(pipeline):
@@ -245,12 +247,24 @@ def test_a_bundle_without_text_half_says_so(tmp_path):
         Pipeline(Engine(open_bundle(bundles.tiny_bundle(tmp_path / "bundle"))))
 
 
-@pytest.mark.parametrize("part", [{"text": {"encoders": {}}}, {"vae": {"decoders": {"fp16": "x"}}}])
-def test_a_pipeline_without_a_graph_for_an_engine_is_refused(tmp_path, part):
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"text": {"encoders": {}}}, "no encoders for a fp32 engine"),
+        ({"text": {"limits_db": {}}}, "no encoders for a fp32 engine"),
+        ({"vae": {"decoders": {"fp16": "x"}}}, "no decoders for a fp32 engine"),
+        ({"vae": {"decoders": {"fp32": "../x.onnx"}}}, "pipeline's ../x.onnx is not there"),
+        ({"text": {"tokenizer": "tokenizer/other.json"}}, "pipeline's tokenizer/other.json is not there"),
+        ({"text": {"outputs": {"state": "other"}}}, "gives 'other', which is no input"),
+        ({"constants": {"other": [1]}}, "gives 'other', which is no input"),
+        ({"text": {"more": [{}]}}, "info.pipeline.text.more.0 lacks"),
+    ],
+)
+def test_a_pipeline_whose_parts_do_not_go_together_is_refused(tmp_path, part, told):
     def edit(info):
         info["pipeline"] = described(**part)
 
-    with pytest.raises(UserError, match=r"its pipeline has no (en|de)coders for a fp32 engine"):
+    with pytest.raises(UserError, match=re.escape(told)):
         open_bundle(bundles.tiny_bundle(tmp_path / "bundle", edit=edit, files=FILES))
 
 
@@ -259,13 +273,13 @@ def test_recorded_tokens_and_latents_tell_a_wrong_graph(pipeline, monkeypatch):
     recorded = {
         "tokens": np.array([[1, 2, 3], [2, 0, 0]]), "unwanted_tokens": np.array([[4, 0, 0]]),
         "latent": np.ones((2, *SHAPE), np.float32), "picture": np.full((2, *SHAPE), 0.5, np.float32),
-        "wanted/caption": np.array([[1, 2, 3], [2, 0, 0]], np.float32),
-        "unwanted/caption": np.array([[4, 0, 0]] * 2, np.float32),
+        f"wanted/{CAPTION}": np.array([[1, 2, 3], [2, 0, 0]], np.float32),
+        f"unwanted/{CAPTION}": np.array([[4, 0, 0]] * 2, np.float32),
     }  # fmt: skip
     monkeypatch.setattr("engines.pipeline.golden.read", lambda bundle, prefix: recorded)
     assert [(row["what"], row["passed"]) for row in opened.self_test()] == [
         ("text encoder, wanted", True), ("text encoder, unwanted", True), ("VAE decoder", True),
     ]  # fmt: skip
-    recorded["wanted/caption"] = recorded["wanted/caption"] + np.float32(1e-3)
+    recorded[f"wanted/{CAPTION}"] = recorded[f"wanted/{CAPTION}"] + np.float32(1e-3)
     recorded["picture"] = recorded["picture"] * np.float32(1.001)
     assert [row["passed"] for row in opened.self_test()] == [False, True, False]
