@@ -61,20 +61,20 @@ class Pipeline:
         seed: int = 0,
         noise: Floats | None = None,
     ) -> Floats:
-        """Draws as `draw` does, for token ids [n, tokens] by the name of the encoder's input; `unwanted` is one row."""
+        """Draws as `draw` does, for token ids [n, tokens] by the encoder's inputs; `unwanted` are as many, or one."""
         count = len(wanted.get(self._text["input"], ()))
-        self._check(wanted, count)
-        self._check(unwanted, 1)
+        self._check(wanted, [count])
+        self._check(unwanted, [count, 1])
         noise = self.noise_of(count, seed) if noise is None else np.asarray(noise)
         if len(noise) != count:
             raise UserError(f"noise for {len(noise)} pictures, and {count} captions", fix="give as many of both")
         rows = self.conditions(wanted)
-        nothing = self.conditions(unwanted, wanted=False) if self.engine.sampler["guided"] else None
+        nothing = self._nothing(unwanted, count) if self.engine.sampler["guided"] else None
         most = max(1, self.engine.axes["batch"]["max"] // (1 if nothing is None else 2))
         parts = []
         for first in range(0, count, most):
             part = slice(first, first + most)
-            other = None if nothing is None else {n: np.repeat(v, len(noise[part]), 0) for n, v in nothing.items()}
+            other = None if nothing is None else {n: v[part] for n, v in nothing.items()}
             parts.append(self.engine.sample(noise[part], {n: v[part] for n, v in rows.items()}, other))
         return self.decode(np.concatenate(parts))
 
@@ -107,6 +107,10 @@ class Pipeline:
             found = {name: np.zeros_like(value) for name, value in found.items()}
         constants = {name: np.array([row] * count, np.float32) for name, row in self._constants.items()}
         return found | constants
+
+    def _nothing(self, tokens: Mapping[str, NDArray[np.int64]], count: int) -> Rows:
+        found = self.conditions(tokens, wanted=False)
+        return {name: np.broadcast_to(value, (count, *value.shape[1:])) for name, value in found.items()}
 
     def decode(self, latents: Floats) -> Floats:
         """Returns finished latents [n, …] as pictures in [−1, 1]."""
@@ -146,13 +150,15 @@ class Pipeline:
         limits: dict[str, float] = part["limits_db"]
         return limits[_held(limits, self.engine.dtype)]
 
-    def _check(self, tokens: Mapping[str, NDArray[Any]], count: int) -> None:
+    def _check(self, tokens: Mapping[str, NDArray[Any]], counts: Sequence[int]) -> None:
         for entry in self._inputs:
-            found, wanted = tokens.get(entry["input"]), (count, entry["tokens"])
-            if found is None or found.dtype.kind not in "iu" or found.shape != wanted or not count:
+            found, wanted = tokens.get(entry["input"]), [(count, entry["tokens"]) for count in counts if count]
+            if found is None or found.dtype.kind not in "iu" or found.shape not in wanted:
                 told = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-                kind = f"whole numbers {[count or 'n', entry['tokens']]}"
-                raise UserError(f"tokens {entry['input']!r}: {told}", fix=f"give {kind}, as tokens() does")
+                kinds = " or ".join(str(list(shape)) for shape in wanted) or f"[n, {entry['tokens']}]"
+                raise UserError(
+                    f"tokens {entry['input']!r}: {told}", fix=f"give whole numbers {kinds}, as tokens() does"
+                )
 
     def _words_of(self, entry: Json) -> Words:
         """Opens a tokenizer when a caption first needs it: who gives token ids need not have the library."""

@@ -85,7 +85,7 @@ def _write_text(
     checkpoint: Checkpoint, captions: Sequence[str], dtypes: Sequence[str], folder: Path
 ) -> tuple[Json, Tensors]:
     half = _open_text(checkpoint)
-    wanted, unwanted = half.read(captions), half.read([""])
+    wanted, unwanted = half.read(captions), half.read([""] * len(captions))
     (first, *more) = half.write_tokenizers(folder)
     info = {
         **first,

@@ -183,6 +183,14 @@ def test_noise_is_every_rows_own(pipeline):
     np.testing.assert_array_equal(opened.draw(["red"] * 3, seed=7), opened.draw(["red"] * 3, noise=noise))
 
 
+def test_every_picture_may_go_away_from_another_caption(pipeline):
+    opened = pipeline(guided=True)
+    unwanted = {"tokens": np.array([[4, 0, 0], [5, 0, 0], [6, 0, 0]])}
+    opened.draw_tokens(opened.tokens(["red"] * 3), unwanted, noise=zeros(3))
+    np.testing.assert_array_equal(opened.engine.calls[0][2][CAPTION][:, 0], [4, 5])
+    np.testing.assert_array_equal(opened.engine.calls[1][2][CAPTION][:, 0], [6])
+
+
 def test_threads_draw_what_one_alone_does(pipeline):
     opened = pipeline(guided=True)
     asked = [(["red", "blue green"][: 1 + i % 2], i) for i in range(40)]
@@ -271,7 +279,7 @@ def test_a_pipeline_whose_parts_do_not_go_together_is_refused(tmp_path, part, to
 def test_recorded_tokens_and_latents_tell_a_wrong_graph(pipeline, monkeypatch):
     opened = pipeline(guided=True)
     recorded = {
-        "tokens": np.array([[1, 2, 3], [2, 0, 0]]), "unwanted_tokens": np.array([[4, 0, 0]]),
+        "tokens": np.array([[1, 2, 3], [2, 0, 0]]), "unwanted_tokens": np.array([[4, 0, 0]] * 2),
         "latent": np.ones((2, *SHAPE), np.float32), "picture": np.full((2, *SHAPE), 0.5, np.float32),
         f"wanted/{CAPTION}": np.array([[1, 2, 3], [2, 0, 0]], np.float32),
         f"unwanted/{CAPTION}": np.array([[4, 0, 0]] * 2, np.float32),
