@@ -34,16 +34,20 @@ def read_tensors(path: Path, prefix: str) -> dict[str, NDArray[Any]]:
 
 def rows(engine: Engine, bundle: Bundle) -> list[Json]:
     """Returns, for each recorded step and for the sampled pictures: `{what, value_db, limit_db, passed}`."""
-    golden = bundle.info["golden"]
-    limits = golden["limits_db"][engine.dtype]
-    found = [_step_row(engine, bundle, step, limits[str(step)]) for step in golden["steps"]]
-    if golden["picture"] and bundle.info["sampler"]["portable"]:
-        found.append(_picture_row(engine, bundle, golden["picture"]))
-    if golden["picture"] and bundle.info["pipeline"]:
+    found, picture = step_rows(engine, bundle), bundle.info["golden"]["picture"]
+    if picture and bundle.info["sampler"]["portable"]:
+        found.append(_picture_row(engine, bundle, picture))
+    if picture and bundle.info["pipeline"]:
         from engines.pipeline import Pipeline  # which loads engines, as what calls this does
 
         found += Pipeline(engine).self_test()
     return found
+
+
+def step_rows(engine: Engine, bundle: Bundle) -> list[Json]:
+    golden = bundle.info["golden"]
+    limits = golden["limits_db"][engine.dtype]
+    return [_step_row(engine, bundle, step, limits[str(step)]) for step in golden["steps"]]
 
 
 def _step_row(engine: Engine, bundle: Bundle, step: int, limit_db: float) -> Json:
