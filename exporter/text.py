@@ -13,7 +13,7 @@ from engines.artifacts import digest_file, inside, read_json
 from engines.errors import UserError, unknown
 from engines.text import close_words
 from exporter import progress
-from exporter.checkpoint import INDEX, Checkpoint
+from exporter.checkpoint import COPY, INDEX, Checkpoint
 from exporter.models import Family, Tensors
 
 CLASSES = (
@@ -34,7 +34,7 @@ def components(root: Path) -> dict[str, str]:
             )
         return {}
     found = {}
-    for name, entry in read_json(root / INDEX).items():
+    for name, entry in read_json(root / INDEX, fix=COPY).items():
         if not name.startswith(("text_encoder", "tokenizer")) or not isinstance(entry, list) or entry[:1] == [None]:
             continue
         library, class_name = (str(part) for part in (*entry, "", "")[:2])
