@@ -32,7 +32,9 @@ def good(root):
     half = bundles.network(dtype="fp16").SerializeToString()
     bundles.tiny_bundle(root / "half", edit=with_half, files={"engines/half/model.onnx": half})
     parts = {"text_encoder/fp32/model.onnx": text_encoder(), "vae_decoder/fp32/model.onnx": decoder()}
+    parts["tokenizer/tokenizer.json"] = b"{}"
     bundles.tiny_bundle(root / "pipeline", guided=True, edit=with_pipeline, files=parts)
+    bundles.tiny_bundle(root / "zeros", guided=True, edit=lambda info: with_pipeline(info, "zeros"), files=parts)
 
 
 def foreign(info):
@@ -45,15 +47,17 @@ def with_half(info):
     info["golden"]["limits_db"]["fp16"] = {"0": 40.0, "2": 40.0}
 
 
-def with_pipeline(info):
+def with_pipeline(info, unwanted="caption"):
     info["pipeline"] = {
         "text": {
             "tokenizer": "tokenizer/tokenizer.json", "tokens": 3, "pad": 0, "bos": 1, "eos": 2, "input": "input_ids",
-            "encoders": {"fp32": "text_encoder/fp32/model.onnx"}, "outputs": {"first": "class_labels"},
+            "more": [], "encoders": {"fp32": "text_encoder/fp32/model.onnx"}, "outputs": {"first": "class_labels"},
+            "unwanted": unwanted, "limits_db": {"fp32": 0.0},
         },
+        "constants": {},
         "vae": {
             "decoders": {"fp32": "vae_decoder/fp32/model.onnx"}, "input": "latent", "output": "picture",
-            "scaling_factor": 0.5, "shift_factor": 1.0,
+            "scaling_factor": 64.0, "shift_factor": 0.25, "limits_db": {"fp32": 0.0},
         },
     }  # fmt: skip
 
@@ -74,13 +78,13 @@ def text_encoder():
 
 
 def decoder():
-    """Returns a graph that doubles a latent."""
+    """Returns a graph that gives what it is given."""
     shape = ["batch", 1, 2, "width"]
     return _model(
-        helper.make_node("Mul", ["latent", "two"], ["picture"]),
+        helper.make_node("Identity", ["latent"], ["picture"]),
         [helper.make_tensor_value_info("latent", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("picture", TensorProto.FLOAT, shape)],
-        [helper.make_tensor("two", TensorProto.FLOAT, [], [2.0])],
+        [],
     )
 
 
@@ -123,6 +127,7 @@ def bad(root):
     pack(bundles.tiny_bundle(root / "whole"), root / "cut.zip")
     (root / "cut.zip").write_bytes((root / "cut.zip").read_bytes()[:-1])
     bundles.tiny_bundle(root / "outside", files={MODEL: outside()})
+    bundles.tiny_bundle(root / "no_tokenizer", guided=True, edit=with_pipeline)
     return TOLD
 
 
@@ -210,6 +215,7 @@ ZIPPED = {
     "nothing.zip": ([MANIFEST], "nothing.zip/manifest.json: lacks 'kind'"),
 }
 OTHERS = {
+    "no_tokenizer": "names the file 'tokenizer/tokenizer.json', which it does not list",
     "missing": "missing: cannot be opened",
     "cut.zip": "no zip that `export-engine bundle` wrote",
     "outside": "'../../../../etc/passwd' leaves the folder",

@@ -136,10 +136,15 @@ ee::Array sampled(const ee::Engine& engine, const ee::Arrays& arrays) {
 
 ee::Array drawn(const ee::Bundle& bundle, const ee::EngineOptions& options, const ee::Arrays& arrays) {
   const ee::Pipeline pipeline = taken(ee::Pipeline::open(bundle, options));
+  ee::Feeds tokens;
   ee::DrawOptions draw;
-  const auto unwanted = arrays.find("picture/unwanted_tokens");
-  if (unwanted != arrays.end()) draw.unwanted_tokens = unwanted->second.view();
-  return taken(pipeline.draw(golden(arrays, "picture/tokens").view(), golden(arrays, "picture/noise").view(), draw));
+  for (const ee::TokensInfo& input : bundle.info().pipeline->text.inputs) {
+    tokens[input.input] = golden(arrays, "picture/" + input.input).view();
+    const auto unwanted = arrays.find("picture/unwanted_" + input.input);
+    if (unwanted != arrays.end() && !bundle.info().pipeline->text.unwanted_is_zeros)
+      draw.unwanted_tokens[input.input] = unwanted->second.view();
+  }
+  return taken(pipeline.draw(tokens, golden(arrays, "picture/noise").view(), draw));
 }
 
 }  // namespace

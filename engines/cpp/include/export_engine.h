@@ -98,9 +98,11 @@ EE_API ee_status* ee_sampler_sample(const ee_sampler* sampler, const ee_tensor* 
 EE_API void ee_sampler_close(ee_sampler* sampler);
 
 EE_API ee_status* ee_pipeline_open(const ee_bundle* bundle, const ee_engine_options* options, ee_pipeline** pipeline);
-/* Token ids and noise to pictures in [-1, 1], fp32; without `unwanted_tokens`, NULL, they are the empty caption's. */
-EE_API ee_status* ee_pipeline_draw(const ee_pipeline* pipeline, const ee_tensor* tokens,
-                                   const ee_tensor* unwanted_tokens, const ee_tensor* noise, ee_array** pictures);
+/* Token ids, by the encoder's inputs, and noise to pictures in [-1, 1], fp32; no unwanted ones: what the bundle says.
+ */
+EE_API ee_status* ee_pipeline_draw(const ee_pipeline* pipeline, const ee_feed* tokens, size_t tokens_count,
+                                   const ee_feed* unwanted, size_t unwanted_count, const ee_tensor* noise,
+                                   ee_array** pictures);
 EE_API void ee_pipeline_close(ee_pipeline* pipeline);
 
 #ifdef __cplusplus

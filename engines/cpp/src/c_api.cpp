@@ -174,14 +174,15 @@ ee_status* ee_pipeline_open(const ee_bundle* bundle, const ee_engine_options* op
   });
 }
 
-ee_status* ee_pipeline_draw(const ee_pipeline* pipeline, const ee_tensor* tokens, const ee_tensor* unwanted_tokens,
-                            const ee_tensor* noise, ee_array** pictures) {
+ee_status* ee_pipeline_draw(const ee_pipeline* pipeline, const ee_feed* tokens, size_t tokens_count,
+                            const ee_feed* unwanted, size_t unwanted_count, const ee_tensor* noise,
+                            ee_array** pictures) {
   return done([&] {
     DrawOptions options;
-    if (unwanted_tokens) options.unwanted_tokens = tensor_of(*unwanted_tokens);
+    options.unwanted_tokens = feeds_of(unwanted, unwanted_count);
     given(pictures, "pictures") = new ee_array{
         taken(given(pipeline, "pipeline")
-                  .pipeline.draw(tensor_of(given(tokens, "tokens")), tensor_of(given(noise, "noise")), options))};
+                  .pipeline.draw(feeds_of(tokens, tokens_count), tensor_of(given(noise, "noise")), options))};
   });
 }
 

@@ -168,15 +168,22 @@ std::optional<std::int64_t> token_of(const Cursor& cursor) {
   return cursor.integer(0, LARGEST);
 }
 
-TextInfo text_of(const Cursor& cursor) {
+TokensInfo tokens_of(const Cursor& cursor) {
   constexpr std::int64_t MOST_TOKENS = 1 << 16;
-  return {cursor["tokens"].integer(1, MOST_TOKENS),
-          token_of(cursor["pad"]),
-          token_of(cursor["bos"]),
-          token_of(cursor["eos"]),
-          files_by_dtype(cursor["encoders"]),
-          cursor["input"].text(),
-          texts_of(cursor["outputs"])};
+  return {file_name(cursor["tokenizer"]), cursor["input"].text(),  cursor["tokens"].integer(1, MOST_TOKENS),
+          token_of(cursor["pad"]),        token_of(cursor["bos"]), token_of(cursor["eos"])};
+}
+
+TextInfo text_of(const Cursor& cursor) {
+  TextInfo text;
+  text.inputs.push_back(tokens_of(cursor));
+  for (const Cursor& more : cursor["more"].items()) text.inputs.push_back(tokens_of(more));
+  text.encoders = files_by_dtype(cursor["encoders"]);
+  text.outputs = texts_of(cursor["outputs"]);
+  const std::string& unwanted = cursor["unwanted"].text();
+  if (unwanted != "caption" && unwanted != "zeros") cursor["unwanted"].refuse("caption or zeros");
+  text.unwanted_is_zeros = unwanted == "zeros";
+  return text;
 }
 
 VaeInfo vae_of(const Cursor& cursor) {
@@ -188,8 +195,9 @@ VaeInfo vae_of(const Cursor& cursor) {
 }
 
 PipelineInfo pipeline_of(const Cursor& cursor) {
-  PipelineInfo pipeline;
-  if (!cursor["text"].null()) pipeline.text = text_of(cursor["text"]);
+  PipelineInfo pipeline{text_of(cursor["text"]), {}, {}};
+  for (const auto& [name, row] : cursor["constants"].members())
+    for (const Cursor& value : row.items()) pipeline.constants[name].push_back(fp32(value));
   if (!cursor["vae"].null()) pipeline.vae = vae_of(cursor["vae"]);
   return pipeline;
 }

@@ -59,8 +59,8 @@ void check_files_named(const Manifest& manifest, const std::string& where) {
   for (const auto& [name, engine] : manifest.info.engines)
     check_listed(manifest, engine.folder + "/" + engine.file, where);
   if (!manifest.info.pipeline) return;
-  if (const auto& text = manifest.info.pipeline->text)
-    for (const auto& [dtype, file] : text->encoders) check_listed(manifest, file, where);
+  for (const TokensInfo& input : manifest.info.pipeline->text.inputs) check_listed(manifest, input.tokenizer, where);
+  for (const auto& [dtype, file] : manifest.info.pipeline->text.encoders) check_listed(manifest, file, where);
   if (const auto& vae = manifest.info.pipeline->vae)
     for (const auto& [dtype, file] : vae->decoders) check_listed(manifest, file, where);
 }

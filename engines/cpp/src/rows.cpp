@@ -47,14 +47,33 @@ Arrays stacked(const Feeds& above, const Feeds& below) {
   return arrays;
 }
 
-Array repeated(const Array& row, std::int64_t count) {
-  Shape shape = row.shape();
+Array repeated(const Tensor& row, std::int64_t count) {
+  Shape shape = row.shape;
   shape[0] = count;
-  Array rows(row.dtype(), std::move(shape));
+  Array rows(row.dtype, std::move(shape));
   for (std::int64_t i = 0; i < count; ++i)
-    std::memcpy(static_cast<std::byte*>(rows.data()) + static_cast<std::size_t>(i) * row.bytes(), row.data(),
-                row.bytes());
+    std::memcpy(static_cast<std::byte*>(rows.data()) + static_cast<std::size_t>(i) * bytes_of(row), row.data,
+                bytes_of(row));
   return rows;
+}
+
+Array concatenated(const std::vector<Array>& parts) {
+  Shape shape = parts.front().shape();
+  shape[0] = 0;
+  for (const Array& part : parts) {
+    Shape one = part.shape();
+    if (!one.empty()) shape[0] += std::exchange(one[0], shape[0]);
+    if (one.size() != shape.size() || !std::equal(one.begin() + 1, one.end(), shape.begin() + 1) ||
+        part.dtype() != parts.front().dtype())
+      damaged("a graph gives " + text_of(part.shape()) + " after " + text_of(parts.front().shape()));
+  }
+  Array all(parts.front().dtype(), shape);
+  auto* to = static_cast<std::byte*>(all.data());
+  for (const Array& part : parts) {
+    std::memcpy(to, part.data(), part.bytes());
+    to += part.bytes();
+  }
+  return all;
 }
 
 }  // namespace export_engine::detail

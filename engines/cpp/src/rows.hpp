@@ -12,7 +12,10 @@ Feeds rows_of(const Feeds& feeds, std::int64_t first, std::int64_t last);
 // Returns, for each name, the rows of `above` and then those of `below`; refuses those that do not fit together.
 Arrays stacked(const Feeds& above, const Feeds& below);
 
-// Returns an array whose one row is repeated.
-Array repeated(const Array& row, std::int64_t count);
+// Returns one row, again and again.
+Array repeated(const Tensor& row, std::int64_t count);
+
+// Returns parts, one after the other; refuses those whose rows differ.
+Array concatenated(const std::vector<Array>& parts);
 
 }  // namespace export_engine::detail

@@ -1,4 +1,5 @@
 // Bundles that tests/engines/test_cpp.py makes, of a network that gives hidden_states · 0.5 + class_labels + step.
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <numeric>
@@ -186,22 +187,31 @@ void sampling_follows_the_steps_in_as_many_batches_as_it_takes() {
   CHECK_SAYS(Sampler::open(engine_of("foreign")).status(), "UniPC");
 }
 
-// The text encoder gives each caption's first token as class_labels … the decoder twice what it gets.
+// The text encoder gives each caption's first token as class_labels; the decoder gives what it gets, in [−1, 1].
 void a_pipeline_draws_from_tokens() {
-  const Pipeline pipeline = need(Pipeline::open(need(Bundle::open(root + "/pipeline"))));
-  const Call call(3);
-  const std::int64_t tokens[] = {4, 0, 0, 5, 0, 0, 6, 0, 0}, unwanted[] = {9, 0, 0, 9, 0, 0, 9, 0, 0};
+  const Call call(20);
   const Tensor noise = Tensor::of(call.latent.data(), call.shape);
-  DrawOptions options;
-  for (const float not_wanted : {1.0f, 9.0f}) {  // of the empty caption, whose first token is 1, and of one given
-    if (not_wanted == 9.0f) options.unwanted_tokens = Tensor::of(unwanted, {3, 3});
-    const Array pictures = need(pipeline.draw(Tensor::of(tokens, {3, 3}), noise, options));
+  const std::int64_t nine[] = {9, 0, 0};
+  std::vector<std::int64_t> ids(60, 0);
+  for (std::size_t i = 0; i < 20; ++i) ids[3 * i] = static_cast<std::int64_t>(i);
+  const Feeds tokens{{"input_ids", Tensor::of(ids.data(), {20, 3})}};
+  const auto draws = [&](const char* name, const DrawOptions& options, float unwanted) {
+    const Array pictures =
+        need(need(Pipeline::open(need(Bundle::open(root + "/" + name)))).draw(tokens, noise, options));
     CHECK(pictures.shape() == call.shape);
-    for (std::size_t i = 0; i < call.latent.size(); ++i)
-      CHECK(pictures.floats()[i] ==
-            2 * (sampled(call.latent[i], static_cast<float>(tokens[i / 8 * 3]), not_wanted, true) / 0.5f + 1.0f));
-  }
-  CHECK_SAYS(pipeline.draw(Tensor::of(tokens, {3, 2}), noise).status(), "int64 [count, 3]");
+    for (std::size_t i = 0; i < call.latent.size(); ++i) {
+      const float latent = sampled(call.latent[i], static_cast<float>(i / 8), unwanted, true);
+      CHECK(pictures.floats()[i] == std::max(-1.0f, std::min(1.0f, latent / 64.0f + 0.25f)));
+    }
+  };
+  DrawOptions away;
+  away.unwanted_tokens = {{"input_ids", Tensor::of(nine, {1, 3})}};
+  draws("pipeline", {}, 1);  // the empty caption's first token
+  draws("pipeline", away, 9);
+  draws("zeros", {}, 0);
+  const Pipeline pipeline = need(Pipeline::open(need(Bundle::open(root + "/pipeline"))));
+  CHECK_SAYS(pipeline.draw({{"input_ids", Tensor::of(ids.data(), {20, 2})}}, noise).status(), "where int64 [20, 3]");
+  CHECK_SAYS(pipeline.draw({}, noise).status(), "no 'input_ids'");
   CHECK_SAYS(Pipeline::open(need(Bundle::open(root + "/tiny"))).status(), "denoiser alone");
 }
 

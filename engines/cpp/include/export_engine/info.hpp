@@ -77,12 +77,18 @@ struct GoldenInfo {
   std::optional<PictureInfo> picture;
 };
 
-struct TextInfo {
+// Token ids that the text encoder takes, int64 [batch, tokens].
+struct TokensInfo {
+  std::string tokenizer, input;  // the tokenizer's file, and the encoder's input
   std::int64_t tokens = 0;
   std::optional<std::int64_t> pad, bos, eos;
+};
+
+struct TextInfo {
+  std::vector<TokensInfo> inputs;               // of the same captions: one, or SDXL's two
   std::map<std::string, std::string> encoders;  // float type → file
-  std::string input;
-  std::map<std::string, std::string> outputs;  // the graph's output → the denoiser's input
+  std::map<std::string, std::string> outputs;   // the graph's output → the denoiser's input
+  bool unwanted_is_zeros = false;               // what guidance goes away from: zeros, or the empty caption
 };
 
 struct VaeInfo {
@@ -92,7 +98,8 @@ struct VaeInfo {
 };
 
 struct PipelineInfo {
-  std::optional<TextInfo> text;
+  TextInfo text;
+  std::map<std::string, std::vector<float>> constants;  // further inputs of the denoiser → a row, for every caption
   std::optional<VaeInfo> vae;
 };
 

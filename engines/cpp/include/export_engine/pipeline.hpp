@@ -8,8 +8,7 @@
 namespace export_engine {
 
 struct DrawOptions : SampleOptions {
-  Tensor unwanted_tokens;  // int64 [count, tokens]; without data: the empty caption
-  Feeds wanted, unwanted;  // further inputs that the text encoder does not give
+  Feeds unwanted_tokens;  // as the wanted ones, or one row of each; empty: what the bundle says
 };
 
 class EXPORT_ENGINE_API Pipeline {
@@ -17,9 +16,9 @@ class EXPORT_ENGINE_API Pipeline {
   // Opens the denoiser by `options`, and the text encoder and the decoder in its float type on the same device.
   static Result<Pipeline> open(const Bundle& bundle, const EngineOptions& options = {}) noexcept;
 
-  // Returns pictures in [−1, 1], fp32 [count, channels, height, width]. `tokens` is int64 [count, tokens], padded;
-  // `noise` is fp32 [count, …].
-  Result<Array> draw(const Tensor& tokens, const Tensor& noise, const DrawOptions& options = {}) const noexcept;
+  // Returns pictures in [−1, 1], fp32 [count, channels, height, width]. `tokens` are int64 [count, tokens], padded, by
+  // the inputs of `info().pipeline->text`; `noise` is fp32 [count, …].
+  Result<Array> draw(const Feeds& tokens, const Tensor& noise, const DrawOptions& options = {}) const noexcept;
 
   const Engine& engine() const noexcept;
 
