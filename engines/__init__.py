@@ -1,6 +1,6 @@
 """What runs without torch: bundles, artifacts, engine backends and their runners. An application embeds this package.
 
-`engines.load("bundle/")` is the way in.
+`engines.load("bundle/")` is the way in; into a diffusers pipeline it is `engines.diffusers.denoiser("bundle/")`.
 """
 
 from __future__ import annotations
@@ -24,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from engines.errors import UserError
 
         return UserError
+    if name == "diffusers":
+        import importlib
+
+        return importlib.import_module("engines.diffusers")
     raise AttributeError(f"module 'engines' has no attribute {name!r}")
