@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils import BaseOutput
+from torch.utils.dlpack import from_dlpack
 
 from engines import loading, schedule
 from engines.artifacts import Json
@@ -70,7 +71,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if width := self.config.get("projection_class_embeddings_input_dim"):
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))  # SDXL's pipeline asks
 
-    @torch.compiler.disable  # a pipeline that is compiled calls an engine as it is
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled pipeline calls an engine as it is
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the diffusers class would, on the latent's device and of its type."""
@@ -143,7 +144,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for entry in self.engine.inputs:
             value = feeds[entry["name"]].to(TYPES.get(entry["dtype"], TYPES[self.engine.dtype]))
             own[entry["name"]] = (value if entry["name"] in hosted else value.to(device)).contiguous()
-        return cast(torch.Tensor, torch.from_dlpack(self.engine.run_dlpack(own)[self.engine.output["name"]]))
+        return from_dlpack(self.engine.run_dlpack(own)[self.engine.output["name"]])
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:

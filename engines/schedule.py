@@ -38,9 +38,7 @@ def steps_of(graph: Json, timesteps: Sequence[float], *, nearest: bool = False) 
     )
 
 
-def steps_at(
-    graph: Json, timesteps: Any, *, nearest: bool = False, tolerance: float = TOLERANCE
-) -> list[int]:
+def steps_at(graph: Json, timesteps: Any, *, nearest: bool = False, tolerance: float = TOLERANCE) -> list[int]:
     """Returns the `step` to feed with each of some timesteps, which are in the model's own unit: the calibrated one.
 
     For callers who see one call at a time, and not the schedule. A timestep that is not calibrated is an error, unless
