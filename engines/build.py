@@ -10,18 +10,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from engines import artifacts, backends, schedule
+from engines import artifacts, backends, external_data, schedule
 from engines import bundle as bundles
 from engines.artifacts import Artifact, Request
 from engines.audit import check_compression
 from engines.errors import UserError
 from engines.memory import peak_rss_bytes
+from engines.options import Options
 from engines.plans import PLAN, constant_bytes, from_json
 from engines.version import code_version
 
 FAULT = 2  # the worker's exit code for a fault of the user's, told as JSON on its last line
+NOTE = "note: "  # begins a line of the worker's stderr that is for the user
 
 
 def points_as_layers(types: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
@@ -40,26 +43,30 @@ def graph_of(path: Path, backend: str) -> Artifact:
     return opened.graph(wanted if wanted in graphs else next(iter(graphs), wanted))
 
 
-def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, decode: str | None = None) -> Artifact:
+def build(
+    graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, options: Options | None = None
+) -> Artifact:
     """Builds `graph` for a backend and a target; returns what lies in `out` already if nothing changed.
 
-    `decode` is one of the backend's `DECODES`, the first by default. `weight_bytes` in the manifest counts what lies in
-    the engine's file, `resident_weight_bytes` what an opened engine holds: more with `load`, which expands codebooks,
-    and where a backend widens weights to multiply them.
+    Timings of TensorRT are kept beside `out` unless the options name another file. `weight_bytes` in the manifest
+    counts what lies in the engine's file, `resident_weight_bytes` what an opened engine holds: more where codebooks
+    are decoded at `load`, and where a backend widens weights to multiply them.
     """
     module = backends.load(backend)
-    target, way = module.resolve_gpu(gpu), backends.resolve_decode(backend, decode)
+    target, asked = module.resolve_gpu(gpu), backends.resolve(backend, options or Options())
     module.check(graph.info["layers"] | points_as_layers(graph.info["points"]), target)
     versions = {"export_engine": code_version(), **module.fingerprint()}
-    settings = {"backend": backend, "gpu": target, "decode": way}
+    settings = {"backend": backend, "gpu": target, **asked.settings()}
     request = Request("engine", {"graph": graph.digest}, settings, versions)
     if (made := artifacts.current(out, request)) is not None:
         return made
+    if asked.timing_cache is None and "timing_cache" in module.OPTIONS:
+        asked = replace(asked, timing_cache=str(out.resolve().with_name(f"{out.resolve().name}.timing_cache")))
     with artifacts.drafting(out, request) as draft:
-        widened, draft.timings["peak_rss_bytes"] = _run_worker(backend, graph, draft.path, target, way)
+        widened, draft.timings["peak_rss_bytes"] = _run_worker(backend, graph, draft.path, target, asked)
         rows = from_json(json.loads((draft.path / PLAN).read_text(encoding="utf-8")))
         where = f"{backend} engine{f' for {target}' if target else ''}"
-        if way != "load":  # which expands codebooks on purpose, in memory alone
+        if asked.decode != "load":  # which expands codebooks on purpose, in memory alone
             held = graph.info["module_bytes"]
             promised = {path: size + widened.get(path, 0) for path, size in held.items()}
             total = graph.info["weight_bytes"] + sum(widened.values())
@@ -70,21 +77,21 @@ def build(graph: Artifact, backend: str, out: Path, *, gpu: str | None = None, d
             "gpu": target,
             "dtype": graph.info["dtype"],
             "graph": graph.info,
-            "decode": way,
-            "weight_bytes": graph.info["weight_bytes"] if way == "load" or widened else resident,
+            **asked.settings(),
+            "weight_bytes": graph.info["weight_bytes"] if asked.decode == "load" or widened else resident,
             "resident_weight_bytes": resident,
         }
     return artifacts.open_artifact(out, "engine")
 
 
 def _run_worker(
-    backend: str, graph: Artifact, folder: Path, gpu: str | None, decode: str | None
+    backend: str, graph: Artifact, folder: Path, gpu: str | None, options: Options
 ) -> tuple[dict[str, int], int | None]:
     """Returns what the backend's `build` does, and the peak memory of the process it ran in."""
     command = [sys.executable, "-m", "engines.build", backend, str(graph.path.resolve()), str(folder.resolve())]
     lifeline, held = os.pipe()
     worker = subprocess.Popen(
-        [*command, gpu or "", decode or ""],
+        [*command, gpu or "", json.dumps(options.to_json())],
         stdin=lifeline,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -109,6 +116,9 @@ def _run_worker(
         )
     if worker.returncode:
         raise RuntimeError(f"the {backend} build worker failed ({worker.returncode}):\n{err}")
+    for line in err.splitlines():
+        if line.startswith(NOTE):  # the rest is the library's own talk
+            print(line, file=sys.stderr)
     told = json.loads(out.strip().splitlines()[-1])
     return told["widened"], told["peak_rss_bytes"]
 
@@ -132,13 +142,15 @@ def _reopened(folder: Path) -> Artifact:
     return opened.graph(next(dtype for dtype, entry in graphs.items() if opened.path / entry["folder"] == folder))
 
 
-def _worker(backend: str, graph_folder: str, folder: str, gpu: str, decode: str) -> int:
+def _worker(backend: str, graph_folder: str, folder: str, gpu: str, options: str) -> int:
     _die_with_parent()
+    asked = Options(**json.loads(options))
     try:
         graph = _reopened(Path(graph_folder))
         with artifacts.writing_errors(Path(folder)):
             model = graph.file("model.onnx")
-            widened = backends.load(backend).build(model, graph.info, Path(folder), gpu or None, decode or None)
+            external_data.check(model, graph.files())
+            widened = backends.load(backend).build(model, graph.info, Path(folder), gpu or None, asked)
             if schedule.FILE in graph.files():
                 shutil.copyfile(graph.file(schedule.FILE), Path(folder) / schedule.FILE)
     except UserError as error:

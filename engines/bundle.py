@@ -5,6 +5,7 @@ docs/bundle.md is the format.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import stat
@@ -16,19 +17,24 @@ from pathlib import Path
 from engines import artifacts
 from engines.artifacts import MANIFEST, MAX_MANIFEST_BYTES, Artifact, Json
 from engines.errors import UserError, unknown
+from engines.schedule import ROW
 from engines.shape import NUMBER, Each, Maybe, fault
 
 KIND = "bundle"
 FORMAT_VERSION = 1
 GOLDEN = "golden.safetensors"
+DTYPES = ("int64", "fp32", "float")  # of inputs: the last is the engine's own float type
 MARK = b"export-engine sha256 "  # of a zip's comment, before the digest of all that comes before it
 DIGEST_CHARACTERS = 64
 CHUNK = 1 << 20
+UNREADABLE = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError)  # the second: of features we do not write
+NO_SUCH_PLACE = (errno.EINVAL, errno.EEXIST, errno.ENOTDIR)  # before the file's start; of a name both file and folder
 
 _INPUT = {"name": str, "dtype": str, "shape": Each((int, str), list), "means": str}
 _AXIS = {"min": int, "opt": int, "max": int, "multiple": int}
 _ENGINE: Json = {
     "folder": str, "file": str, "backend": str, "gpu": Maybe(str), "dtype": str, "decode": Maybe(str), "digest": str,
+    "refit": bool, "weight_streaming": Maybe((int, str)),
     "versions": Each(str, dict), "weight_bytes": int, "resident_weight_bytes": int, "step_input": Maybe(str),
     "session": Maybe(
         {
@@ -66,7 +72,7 @@ SHAPE: Json = {
     "golden": {
         "steps": Each(int, list),
         "limits_db": Each(Each(NUMBER, dict), dict),
-        "picture": Maybe({"runner": str, "count": int, "limit_db": NUMBER, "peak": NUMBER}),
+        "picture": Maybe({"runner": str, "count": int, "limits_db": Each(NUMBER, dict), "peak": NUMBER}),
     },
     "pipeline": Maybe(dict),
     "checks": Each(dict, list),
@@ -130,11 +136,13 @@ def open_bundle(path: Path | str) -> Bundle:
     if not path.is_file():
         return Bundle(_opened(path))
     unpacked = tempfile.TemporaryDirectory(prefix="export-engine-")
+    folder = Path(unpacked.name) / path.stem
     try:
-        folder = Path(unpacked.name) / path.stem
         _unpack(path, folder)
         return Bundle(_opened(folder), unpacked)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, UserError):  # what the user knows is the zip
+            error.what = error.what.replace(str(folder), str(path))
         unpacked.cleanup()
         raise
 
@@ -162,19 +170,60 @@ def _opened(path: Path) -> Artifact:
 
 
 def _inconsistent(artifact: Artifact) -> str | None:
-    """Returns which of its own parts a manifest names and does not have."""
+    """Returns what of a manifest's own parts do not go together, None if all do."""
     info, files = artifact.manifest["info"], artifact.manifest["files"]
-    for name, engine in info["engines"].items():
-        if engine["dtype"] not in info["graphs"]:
-            return f"engine {name!r} is of a {engine['dtype']} graph, which is not there"
-        if f"{engine['folder']}/{engine['file']}" not in files:
-            return f"engine {name!r} has no {engine['file']}"
-        if engine["step_input"] != info["graphs"][engine["dtype"]]["info"]["step_input"]:
-            return f"engine {name!r} and its graph differ in step_input"
-    if GOLDEN not in files:
-        return f"there is no {GOLDEN}"
-    if len(info["sampler"]["timesteps"]) != info["sampler"]["steps"]:
+    faults = [_of_contract(info), _of_sampler(info), *(_of_engine(name, info, files) for name in info["engines"])]
+    faults.append(_of_golden(info))
+    faults.append(None if GOLDEN in files else f"there is no {GOLDEN}")
+    return next(filter(None, faults), None)
+
+
+def _of_contract(info: Json) -> str | None:
+    for name, axis in info["axes"].items():
+        if not (1 <= axis["min"] <= axis["opt"] <= axis["max"] and axis["multiple"] >= 1):
+            return f"axis {name!r} has no size from its min to its max"
+    if "batch" not in info["axes"]:
+        return "there is no axis 'batch'"
+    for entry in info["inputs"]:
+        axes = [axis for axis in entry["shape"] if isinstance(axis, str)]
+        if entry["dtype"] not in DTYPES or any(axis not in info["axes"] for axis in axes):
+            return f"input {entry['name']!r} is of an unknown type, or has an unknown axis"
+    return None
+
+
+def _of_sampler(info: Json) -> str | None:
+    sampler, names = info["sampler"], [entry["name"] for entry in info["inputs"]]
+    if not sampler["latent"]["shape"] or sampler["latent"]["input"] not in names:
+        return "the sampler's latent has no shape, or no input"
+    portable = sampler["portable"] or {"steps": sampler["timesteps"]}
+    if not len(sampler["timesteps"]) == len(portable["steps"]) == sampler["steps"]:
         return "the sampler's timesteps are not as many as its steps"
+    return None
+
+
+def _of_golden(info: Json) -> str | None:
+    golden = info["golden"]
+    tables = [golden["limits_db"], *([golden["picture"]["limits_db"]] if golden["picture"] else [])]
+    for dtype in {entry["dtype"] for entry in info["engines"].values()}:
+        if any(dtype not in table for table in tables):
+            return f"golden outputs have no limit for {dtype}"
+        if not golden["limits_db"][dtype].keys() >= {str(step) for step in golden["steps"]}:
+            return f"golden outputs have not a limit for every step in {dtype}"
+    return None
+
+
+def _of_engine(name: str, info: Json, files: Json) -> str | None:
+    engine = info["engines"][name]
+    if engine["dtype"] not in info["graphs"]:
+        return f"engine {name!r} is of a {engine['dtype']} graph, which is not there"
+    if f"{engine['folder']}/{engine['file']}" not in files:
+        return f"engine {name!r} has no {engine['file']}"
+    graph = info["graphs"][engine["dtype"]]["info"]
+    if engine["step_input"] != graph["step_input"] or (graph["step_input"] and not graph["fed_timesteps"]):
+        return f"engine {name!r} and its graph differ in step_input"
+    given = {"step" if entry["name"] == ROW else entry["name"] for entry in graph["inputs"]}
+    if given != {entry["name"] for entry in info["inputs"]} or graph["output"] != info["output"]["name"]:
+        return f"engine {name!r} and the bundle differ in their inputs or outputs"
     return None
 
 
@@ -230,8 +279,9 @@ def _unpack(path: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as source, target.open("xb") as written:
                     shutil.copyfileobj(source, written, CHUNK)
-    # NotImplementedError: of features of zips that we do not write; the OSErrors: a name that is a file and a folder
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, FileExistsError, NotADirectoryError) as error:
+    except (OSError, *UNREADABLE) as error:
+        if isinstance(error, OSError) and error.errno not in NO_SUCH_PLACE:
+            raise
         raise UserError(f"{path}: no zip that can be read ({error})", fix="get it, or make it, again") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 
 def read(bundle: Bundle, prefix: str) -> dict[str, NDArray[Any]]:
     """Returns the recorded arrays under `prefix`, by what follows it."""
+    return read_tensors(bundle.file(GOLDEN), prefix)
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, NDArray[Any]]:
     from safetensors import SafetensorError, safe_open
 
-    path = bundle.file(GOLDEN)
     try:
         with safe_open(path, framework="numpy") as file:
             return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
@@ -56,7 +60,7 @@ def _picture_row(engine: Engine, bundle: Bundle, picture: Json) -> Json:
     drawn = engine.sample(recorded["noise"], wanted, unwanted or None)
     error = float(np.square(recorded["latent"].astype(np.float64) - drawn).mean())
     value = 10 * math.log10(picture["peak"] ** 2 / error) if error > 0 else math.inf
-    return _row(f"{picture['count']} samples", value, picture["limit_db"])
+    return _row(f"{picture['count']} samples", value, picture["limits_db"][engine.dtype])
 
 
 def _row(what: str, value_db: float, limit_db: float) -> Json:

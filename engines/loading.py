@@ -138,11 +138,11 @@ def why_not(engine: Artifact) -> str | None:
     info = engine.info
     if info["backend"] not in backends.names():
         return f"this version has no backend {info['backend']!r}"
-    module = backends.load(info["backend"])
+    module, here = backends.load(info["backend"]), gpu.detect()
+    if info["gpu"] is not None and here not in (None, info["gpu"]):
+        return f"it was built for {info['gpu']}, and this GPU is {here}"
     if (reason := module.cannot_run()) is not None or info["gpu"] is None:
         return reason
-    if (here := gpu.detect()) != info["gpu"]:
-        return f"it was built for {info['gpu']}, and this GPU is {here}"
     ours, theirs = module.fingerprint(), info["versions"]
     other = [
         f"{name} {theirs.get(name)}, here is {version}" for name, version in ours.items() if theirs.get(name) != version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -9,12 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.artifacts import Artifact, Json
+from engines.contract import as_numpy
 from engines.errors import UserError
 from engines.runner import Feeds, Runner
 
 FILE = "step_table.npy"  # fp32 [steps, n]: what such a graph multiplies by, a row for each step
 MAX_TABLE_BYTES = 64 << 20
 ROW = "step_row"  # the input of a graph that is told the table's row rather than its number
+# What numpy.save writes before the numbers of such a table; its own reader evaluates the text as Python.
+# Source: numpy.lib.format, version 1.0.
+HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<f4', 'fortran_order': False, 'shape': \((\d{1,6}), (\d{1,8})\), \} *\n",
+    re.DOTALL,
+)
 TOLERANCE = 1e-3  # of a timestep, relative: schedulers compute them in fp32
 
 
@@ -66,15 +74,21 @@ def with_steps(runner: Runner, graph: Json, engine: Artifact) -> Runner:
     """Returns a runner that checks the feeds' `step`, and looks its row up where the graph wants that."""
     if graph["step_input"] is None:
         return runner
-    return _Stepped(runner, graph["fed_timesteps"], _table(engine) if graph["step_input"] == "row" else None)
+    steps = graph["fed_timesteps"]
+    table = read_table(engine, len(steps)) if graph["step_input"] == "row" else None
+    return _Stepped(runner, graph["fed_timesteps"], table)
 
 
-def _table(engine: Artifact) -> NDArray[np.float32]:
+def read_table(engine: Artifact, steps: int) -> NDArray[np.float32]:
+    """Returns what an engine's steps multiply by, fp32 [steps, n]."""
     path = engine.file(FILE)
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise UserError(f"{path}: more than {MAX_TABLE_BYTES} bytes", fix="build the engine again")
-    found: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    return found
+    content = path.read_bytes()
+    header = HEADER.match(content)
+    if header is None or int(header[1]) != steps or len(content) - header.end() != 4 * steps * int(header[2]):
+        raise UserError(f"{path}: is no table of fp32 numbers [{steps}, n]", fix="build the engine again")
+    return np.frombuffer(content, np.dtype("<f4"), offset=header.end()).reshape(steps, -1).astype(np.float32)
 
 
 class _Stepped:
@@ -88,7 +102,7 @@ class _Stepped:
 
     def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Runs as its runner's does; `step` and `timestep` are read on the host, to be checked."""
-        hosted = {name: np.asarray(feeds[name]) for name in ("step", "timestep") if name in feeds}
+        hosted = {name: as_numpy(feeds[name]) for name in ("step", "timestep") if name in feeds}
         found: dict[str, Any] = cast(Any, self._runner).run_dlpack({**feeds, **self._with_step(hosted)})
         return found
 

@@ -189,7 +189,17 @@ def _place_engine(name: str, engine: Artifact, root: Path) -> Json:
     folder = f"engines/{name}"
     _copy(engine, engine.files(), root / folder)
     info = with_versions(engine).info
-    keys = ("backend", "gpu", "dtype", "decode", "versions", "weight_bytes", "resident_weight_bytes")
+    keys = (
+        "backend",
+        "gpu",
+        "dtype",
+        "decode",
+        "refit",
+        "weight_streaming",
+        "versions",
+        "weight_bytes",
+        "resident_weight_bytes",
+    )
     return {
         "folder": folder,
         "file": next(file for file in engine.files() if file not in (PLAN, schedule.FILE)),
@@ -218,6 +228,7 @@ def _write_golden(checkpoint: Checkpoint, run: Run, report: Json, folder: Path, 
     limits = {dtype: {str(s): _limit_db(reference, s, dtype, report) for s in steps} for dtype in run.graphs}
     picture, recorded = _pictures(checkpoint, run, report, folder, limits)
     save_tensors({name: value.contiguous() for name, value in (tensors | recorded).items()}, path)
+    path.chmod(0o644)  # as the other files: bundles are handed on
     return {"steps": steps, "limits_db": limits, "picture": picture}
 
 
@@ -252,8 +263,8 @@ def _pictures(
             if name not in (family.inputs()[0].name, "timestep"):
                 recorded[f"{half}/{name}"] = value
     peak = 2.0 if checkpoint.in_pixels else float(shown.max() - shown.min())
-    least = min(PICTURE_DB, *(value for by_step in limits.values() for value in by_step.values()))
-    picture = {"runner": runner, "count": count, "limit_db": least, "peak": peak}
+    least = {dtype: min(PICTURE_DB, *by_step.values()) for dtype, by_step in limits.items()}
+    picture = {"runner": runner, "count": count, "limits_db": least, "peak": peak}
     return picture, {f"picture/{name}": value for name, value in recorded.items()}
 
 

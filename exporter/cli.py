@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ DECODE = click.option(
     "--decode", type=click.Choice(["run", "load"]),
     help="How ONNX Runtime decodes codebooks: while it runs, compressed in memory (the default), or when it opens.",
 )  # fmt: skip
+REFIT = click.option("--refit", is_flag=True, help="Let weights be exchanged in the built engine (trt).")
+WEIGHT_STREAMING = click.option(
+    "--weight-streaming", metavar="auto|BYTES",
+    help="Let weights lie in host memory, and how much of them stay on the GPU when it runs (trt, trt-rtx).",
+)  # fmt: skip
+TIMING_CACHE = click.option(
+    "--timing-cache", type=FOLDER, help="File that keeps what trt times, for later builds (default: beside the engine)."
+)
 PROMPTS = click.option(
     "--prompts", type=FOLDER, help="Your own captions or class labels for calibration, one to a line."
 )
@@ -56,6 +64,9 @@ def main() -> None:
 @GPU
 @click.option("--dtype", help="Float type of the graphs, fp16 or fp32 (default: each backend's own).")
 @DECODE
+@REFIT
+@WEIGHT_STREAMING
+@TIMING_CACHE
 @STEPS
 @PROMPTS
 @click.option("--calibration", type=FOLDER, help="A calibration set to use again, e.g. that of another recipe's run.")
@@ -69,6 +80,9 @@ def run(
     gpu: str | None,
     dtype: str | None,
     decode: str | None,
+    refit: bool,
+    weight_streaming: str | None,
+    timing_cache: Path | None,
     steps: int | None,
     prompts: Path | None,
     calibration: Path | None,
@@ -76,7 +90,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Calibrate, quantize, lower, build and validate MODEL. Resumes where it was stopped."""
-    _check_asked(model, recipe, backends, dtype)
+    _check_asked(model, recipe, backends, dtype, gpu)
+    options = _options(backends, decode, refit, weight_streaming, timing_cache)
     asked = _prompts(prompts)
     from exporter import run as runs
     from exporter import thresholds
@@ -84,7 +99,7 @@ def run(
     limits = thresholds.beside(recipe)
     opened = _checkpoint(model, steps, seed)
     report = runs.run(
-        opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, decode=decode, seed=seed,
+        opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, options=options, seed=seed,
         prompts=asked, calibration=calibration,
     )  # fmt: skip
     thresholds.keep(limits, out)
@@ -113,7 +128,7 @@ def preflight(
     as_json: bool,
 ) -> None:
     """Say in seconds whether a run of MODEL can work, and what it will weigh and take."""
-    _check_asked(model, recipe, backends, dtype)
+    _check_asked(model, recipe, backends, dtype, gpu)
     from exporter import preflight as stage
 
     found = stage.planned(_checkpoint(model, steps, 0), _recipe(recipe))
@@ -198,17 +213,30 @@ def lower(quantized: Path, out: Path, dtype: str, step_input: str) -> None:
 @OUT
 @GPU
 @DECODE
-def build(graph: Path, backend: str, out: Path, gpu: str | None, decode: str | None) -> None:
+@REFIT
+@WEIGHT_STREAMING
+@TIMING_CACHE
+def build(
+    graph: Path,
+    backend: str,
+    out: Path,
+    gpu: str | None,
+    decode: str | None,
+    refit: bool,
+    weight_streaming: str | None,
+    timing_cache: Path | None,
+) -> None:
     """Build an engine from a GRAPH, or from a bundle's."""
     from engines import backends
     from engines.build import build as stage
     from engines.build import graph_of
     from exporter import progress
 
-    opened, way = graph_of(graph, backend), backends.resolve_decode(backend, decode)
-    if note := backends.load(backend).note(opened.info, way):
+    options = backends.resolve(backend, _options((backend,), decode, refit, weight_streaming, timing_cache))
+    opened = graph_of(graph, backend)
+    if note := backends.load(backend).note(opened.info, options):
         progress.note(f"note: {note}")
-    made = stage(opened, backend, out, gpu=gpu, decode=way)
+    made = stage(opened, backend, out, gpu=gpu, options=options)
     _done(made)
     click.echo(_held(made.info))
 
@@ -336,9 +364,14 @@ def report(folder: Path) -> None:
 @JSON
 def inspect(artifact: Path, as_json: bool) -> None:
     """Check an artifact's files and show what it is and what it was made of."""
-    from engines.artifacts import kind_of, open_artifact
+    from engines import artifacts, bundle
 
-    opened = open_artifact(artifact, kind_of(artifact))
+    whole = artifact.is_file() or artifacts.kind_of(artifact) == bundle.KIND
+    opened = (
+        bundle.open_bundle(artifact).artifact
+        if whole
+        else artifacts.open_artifact(artifact, artifacts.kind_of(artifact))
+    )
     manifest = opened.manifest
     if as_json:
         if manifest["kind"] == "quantized":
@@ -357,6 +390,11 @@ def inspect(artifact: Path, as_json: bool) -> None:
             click.echo(f"  {key.replace('_', ' ')}  {name}: {value}")
     for name, entry in manifest["files"].items():
         click.echo(f"  {entry['bytes']:>12,} bytes  {name}  sha256 {entry['sha256'][:16]}…")
+    if whole:
+        from exporter.verify import contract_lines
+
+        for line in contract_lines(opened.info):
+            click.echo(f"  {line}")
     if manifest["kind"] == "engine":
         from engines.audit import audit
         from exporter import audits, progress
@@ -421,15 +459,15 @@ def _checkpoint(model: str, steps: int | None, seed: int) -> Any:
     return opened
 
 
-def _check_asked(model: str, recipe: str, backends: Iterable[str], dtype: str | None) -> None:
-    """Refuses names that nobody knows at once, before torch is imported."""
+def _check_asked(model: str, recipe: str, backends: Iterable[str], dtype: str | None, gpu: str | None) -> None:
+    """Refuses names that nobody knows, and backends that cannot build here, at once: before torch is imported."""
     from engines.backends import load
     from exporter.lower import check_dtype
 
     _check_model(model)
     _check_recipe(recipe)
     for name in backends:
-        load(name)
+        load(name).resolve_gpu(gpu)
     if dtype is not None:
         check_dtype(dtype)
 
@@ -445,6 +483,18 @@ def _check_model(model: str) -> None:
     if model not in shipped.names() and not folder.is_dir():
         error = unknown("model", model, shipped.names())
         raise UserError(f"{error.what}, and no such folder", fix=f"{error.fix}; or give a diffusers folder")
+
+
+def _options(
+    backends: Sequence[str], decode: str | None, refit: bool, weight_streaming: str | None, timing_cache: Path | None
+) -> Any:
+    """Returns what was asked of builds; refuses what none of the backends has."""
+    from engines.backends import check_taken
+    from engines.options import Options, budget
+
+    cache = str(timing_cache.resolve()) if timing_cache else None
+    check_taken(backends, options := Options(decode, refit, budget(weight_streaming), cache))
+    return options
 
 
 def _prompts(path: Path | None) -> list[str] | None:

@@ -40,6 +40,7 @@ def backend(name: str) -> Json:
     try:
         module = backends.load(name)
         module.fingerprint()
+        module.resolve_gpu(None)
         found |= {"cannot_run": module.cannot_run(), "gpus": module.targets()}
     except (UserError, ImportError) as error:
         found |= {"cannot_build": str(error), "cannot_run": str(error)}

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from engines import backends
+from engines import gpu as gpus
 from engines.artifacts import Json
 from engines.errors import UserError
 from engines.memory import total_bytes
+from engines.options import Options
 from exporter import doctor, dry_run, estimate, installed, progress, sizes, support
 from exporter.attention import attention_of, attentions
 from exporter.calibrate import BATCH
@@ -81,7 +83,7 @@ def preflight(found: Planned, targets: Sequence[Target], *, out: Path | None = N
     report: Json = {
         "model": {"name": found.checkpoint.name, "class": found.checkpoint.family.CLASS, "parameters": work.parameters},
         "recipe": {"name": found.recipe.name, "digest": found.recipe.digest},
-        "targets": [vars(target) for target in targets],
+        "targets": [target.to_json() for target in targets],
         "formats": formats(found, targets),
         "kept": kept(found, work),
         "bytes": _bytes(found, work),
@@ -109,9 +111,9 @@ def check_proofs(rows: Sequence[Json]) -> None:
 
 def targets(names: Sequence[str], gpu: str | None, dtype: str | None) -> list[Target]:
     """Returns the engines asked for; without names, those of every backend that can build here."""
-    found = names or [name for name in backends.names() if _builds(name)]
+    found = names or [name for name in backends.names() if _builds(name, gpu)]
     made = [
-        support.target_of(name, gpu if names or backends.load(name).targets() else None, dtype, None)
+        support.target_of(name, gpu if names or backends.load(name).targets() else None, dtype, Options())
         for name in dict.fromkeys(found)
     ]
     if gpu is not None and not names and not any(target.gpu for target in made):
@@ -122,8 +124,11 @@ def targets(names: Sequence[str], gpu: str | None, dtype: str | None) -> list[Ta
     return made
 
 
-def _builds(name: str) -> bool:
-    reason = doctor.backend(name)["cannot_build"]
+def _builds(name: str, gpu: str | None) -> bool:
+    row = doctor.backend(name)
+    reason = row["cannot_build"]
+    if reason is None and gpu is not None and row["gpus"] == [gpus.detect()] != [gpu]:
+        reason = f"it builds for {row['gpus'][0]} alone, the GPU at hand"
     if reason is not None:
         progress.note(f"note: {name} is left out: {reason}")
     return reason is None

@@ -17,6 +17,7 @@ from engines.errors import UserError
 from exporter import scaling
 from exporter.attention import PointSpec, add_points, attention_of, quantize_points
 from exporter.checkpoint import Checkpoint, open_checkpoint, parameters_on_meta, set_parameter
+from exporter.formats import Format
 from exporter.models import Family, family_of
 from exporter.modules import DERIVED, QuantizedLayer, float_layer, put, quantized_layer, split_inputs
 from exporter.specs import FLOAT_LAYERS, LayerSpec
@@ -191,10 +192,23 @@ def _restored(raw: torch.Tensor, like: torch.Tensor, layer: QuantizedLayer | Non
         if leaf == "activation_scale":  # of a point
             _check_stored(raw, like.shape, leaf, "a point of an attention")
         return raw.to(like.dtype)
-    codes, what = leaf == "weight_codes", f"a quantized layer of {tuple(layer.weight_shape)}"
-    wanted = pack(torch.empty_like(like), layer.spec.weight).shape if codes else like.shape
-    _check_stored(raw, wanted, leaf, what)
-    return unpack(raw, layer.spec.weight, like) if codes else raw.to(like.dtype)
+    what = f"a quantized layer of {tuple(layer.weight_shape)}"
+    if leaf == "weight_codes":
+        return read_codes(raw, layer.spec.weight, like, what)
+    _check_stored(raw, like.shape, leaf, what)
+    return raw.to(like.dtype)
+
+
+def read_codes(raw: torch.Tensor, fmt: Format, like: torch.Tensor, what: str) -> torch.Tensor:
+    """Returns stored codes in the shape and type of `like`; others than the format's own are an error."""
+    wanted = pack(torch.empty_like(like), fmt)
+    _check_stored(raw, wanted.shape, "weight_codes", what)
+    if raw.dtype != wanted.dtype:
+        raise UserError(
+            f"{what} holds weight_codes of type {raw.dtype}, and its format wants {wanted.dtype}",
+            fix="quantize the model again",
+        )
+    return unpack(raw, fmt, like)
 
 
 def _check_stored(raw: torch.Tensor, wanted: torch.Size, leaf: str, what: str) -> None:

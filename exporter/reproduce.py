@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from engines.artifacts import Json
+from engines.options import flag
 from exporter import catalog
 from exporter.cells import at
 
@@ -51,9 +52,9 @@ def _run(report: Json, run: str) -> list[str]:
     dtypes = {engine.get("dtype") for engine in engines}
     if len(engines) > 1 and len(dtypes) == 1:  # else each backend's own
         words += ["--dtype", *map(str, dtypes)]
-    for key, default in (("gpu", None), ("decode", "run")):
+    for key, default in (("gpu", None), ("decode", "run"), ("refit", False), ("weight_streaming", None)):
         given = {engine.get(key) for engine in engines} - {None, default}
         if len(given) == 1:
-            words += [f"--{key}", *map(str, given)]
+            words += [flag(key), *(str(value) for value in given if value is not True)]
     taken = {row["step"] for row in at(report, "accuracy.trajectory", [])}
     return [*words, *(["--steps", str(len(taken))] if taken else []), "--out", run]

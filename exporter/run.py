@@ -12,6 +12,7 @@ from engines.artifacts import Artifact, Json, digest_file
 from engines.build import build
 from engines.errors import UserError
 from engines.memory import peak_rss_bytes
+from engines.options import Options
 from exporter import bench, damage, html_report, progress
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ from exporter.plan import plan_layers
 from exporter.quantize import quantize
 from exporter.recipe import Recipe
 from exporter.run_folder import REPORT, Run, locked, remove_stale
-from exporter.support import refuse, target_of
+from exporter.support import refuse, targets_of
 from exporter.validate import validate
 from exporter.versions import versions
 
@@ -37,7 +38,7 @@ def run(
     backend_names: Sequence[str],
     gpu: str | None = None,
     dtype: str | None = None,
-    decode: str | None = None,
+    options: Options | None = None,
     seed: int = 0,
     prompts: Sequence[str] | None = None,
     calibration: Path | None = None,
@@ -46,9 +47,7 @@ def run(
 
     `prompts` are the user's own for calibration; `calibration` is a set to use again, as another recipe's run left it.
     """
-    if decode is not None and not any(backends.load(name).DECODES for name in backend_names):
-        backends.resolve_decode(backend_names[0], decode)  # which refuses it
-    targets = [target_of(name, gpu, dtype, decode) for name in dict.fromkeys(backend_names)]
+    targets = targets_of(backend_names, gpu, dtype, options or Options())
     model = checkpoint.skeleton()
     refuse(checkpoint, recipe, model, plan_layers(model, checkpoint.family, recipe), targets)
     with locked(out):
@@ -59,12 +58,12 @@ def run(
             for d in dict.fromkeys(target.dtype for target in targets)
         }
         for t in targets:
-            if note := backends.load(t.backend).note(graphs[t.dtype].info, t.decode):
+            if note := backends.load(t.backend).note(graphs[t.dtype].info, t.options):
                 progress.note(f"note: {note}")
         engines = {
             t.backend: _stage(
                 f"build {t.backend}" + (f" for {t.gpu}" if t.gpu else ""), build, graphs[t.dtype], t.backend,
-                out / "engines" / t.backend, gpu=t.gpu, decode=t.decode,
+                out / "engines" / t.backend, gpu=t.gpu, options=t.options,
             )
             for t in targets
         }  # fmt: skip

@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from engines import backends
+from engines.artifacts import Json
 from engines.backends import Layers
 from engines.build import points_as_layers
 from engines.errors import UserError
+from engines.options import Options
 from exporter import catalog, progress
 from exporter import recipe as recipes
 from exporter.attention import PointSpec
@@ -34,19 +36,29 @@ class Target:
     backend: str
     gpu: str | None
     dtype: str
-    decode: str | None
+    options: Options
+
+    def to_json(self) -> Json:
+        return {"backend": self.backend, "gpu": self.gpu, "dtype": self.dtype, **self.options.settings()}
 
 
-def target_of(name: str, gpu: str | None, dtype: str | None, decode: str | None) -> Target:
+def target_of(name: str, gpu: str | None, dtype: str | None, options: Options) -> Target:
     """Returns the engine that a backend is asked for, what was not said filled in."""
     module = backends.load(name)
     resolved = module.resolve_gpu(gpu)
     if gpu is not None and resolved is None:
         progress.note(f"note: --gpu {gpu} says nothing to {name}, which runs wherever it is opened")
-    if decode is not None and not module.DECODES:
-        progress.note(f"note: --decode {decode} says nothing to {name}, which decodes codebooks its own way")
-        decode = None
-    return Target(name, resolved, dtype or module.DTYPE, backends.resolve_decode(name, decode))
+    lacking = backends.lacking(name, options)
+    for written in lacking.values():
+        progress.note(f"note: {written} says nothing to {name}, which has no such choice")
+    asked = replace(options, **{option: getattr(Options(), option) for option in lacking})
+    return Target(name, resolved, dtype or module.DTYPE, backends.resolve(name, asked))
+
+
+def targets_of(names: Sequence[str], gpu: str | None, dtype: str | None, options: Options) -> list[Target]:
+    """Returns the engines that backends are asked for; an option that none of them has is refused."""
+    backends.check_taken(names, options)
+    return [target_of(name, gpu, dtype, options) for name in dict.fromkeys(names)]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ from exporter.sampling import Call
 # What a layer on its own must reach: two orders of summation in fp32 agree to 120 dB and more, in fp16 to 60; codes
 # differ where a value lies within fp32's rounding of a boundary.
 LAYER_DB, LAYER_CODES = 60.0, 1e-4
+# What a report repeats of an engine.
+ENGINE_FACTS = ("decode", "refit", "weight_streaming", "weight_bytes", "resident_weight_bytes")
 
 
 def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0, count: int | None = None) -> Json:
@@ -224,7 +226,7 @@ def engine_row(name: str, engine: Artifact, folder: Path, refusals: Mapping[str,
         "dtype": engine.info["dtype"],
         "path": engine.path.relative_to(folder).as_posix(),
         "bytes": engine.bytes - engine.file(PLAN).stat().st_size,
-        **{key: engine.info[key] for key in ("decode", "weight_bytes", "resident_weight_bytes")},
+        **{key: engine.info[key] for key in ENGINE_FACTS},
         "graph_weight_bytes": engine.info["graph"]["weight_bytes"],
         "gpu": engine.info["gpu"],
         "ran": name not in refusals,

@@ -79,6 +79,10 @@ def graph_info(step_input=None, dtype="fp32"):
         {"name": "timestep", "dtype": "int64", "shape": ["batch"]},
         {"name": "class_labels", "dtype": "int64", "shape": ["batch"]},
     ]
+    if step_input == "index":
+        inputs.append({"name": "step", "dtype": "int64", "shape": ["batch"]})
+    elif step_input == "row":
+        inputs.append({"name": schedule.ROW, "dtype": "fp32", "shape": ["batch", 2]})
     return {
         "dtype": dtype, "output": "sample", "inputs": inputs, "axes": AXES, "layers": {}, "points": {},
         "timesteps": TIMESTEPS, "fed_timesteps": TIMESTEPS if step_input else None, "step_input": step_input,
@@ -89,7 +93,8 @@ def graph_info(step_input=None, dtype="fp32"):
 def engine_entry(step_input=None, **changes):
     entry = {
         "folder": "engines/ort", "file": "model.onnx", "backend": "ort", "gpu": None, "dtype": "fp32", "decode": "run",
-        "digest": "e" * 64, "versions": {}, "weight_bytes": 0, "resident_weight_bytes": 0, "step_input": step_input,
+        "refit": False, "weight_streaming": None, "digest": "e" * 64, "versions": {}, "weight_bytes": 0,
+        "resident_weight_bytes": 0, "step_input": step_input,
         "session": {
             "disabled_optimizers": [], "config": {}, "config_if_sums_saturate": {}, "config_if_shared": {},
             "codebook_ops": False,

@@ -147,6 +147,23 @@ def engine_of(graph_of, artifacts_folder):
 
 
 @pytest.fixture(scope="session")
+def run_of(checkpoint, quantized_of, graph_of, engine_of, artifacts_folder):
+    """Returns the folder of a recipe's run, built for ONNX Runtime and judged by a few images, made when asked for."""
+    from exporter.run import report
+    from exporter.run_folder import Run
+
+    @cache
+    def get(name: str):
+        folder = artifacts_folder / name
+        made = Run(quantized_of(name), {"fp32": graph_of(name, "fp32")}, {"ort": engine_of(name, "ort")})
+        with FileLock(artifacts_folder / f"{name}.report.lock"):
+            report(checkpoint, made, folder, seed=0, images=8)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def plan_of(engine_of):
     """Returns an engine's plan rows."""
     from engines.plans import read_plan

@@ -56,8 +56,10 @@ def assert_nothing_left(folder):
         (("digits-dit", "--recipe", "fp8", "--dtype", "fp61"), ("'fp61'", "fp16")),
         (("digits-dit", "--recipe", "fp8", "--steps", "5000"), ("5000", "1000")),
         (("./no-such-folder", "--recipe", "fp8"), ("no-such-folder",)),
+        (("digits-dit", "--recipe", "fp8", "--weight-streaming", "2GB"), ("2GB", "auto nor bytes")),
+        (("digits-dit", "--recipe", "fp8", "--refit"), ("--refit", "ort has no such option", "build for trt")),
     ],
-    ids=["model", "recipe", "backend", "gpu", "dtype", "steps", "folder"],
+    ids=["model", "recipe", "backend", "gpu", "dtype", "steps", "folder", "budget", "option"],
 )
 def test_unknown_names_are_refused_with_close_ones(arguments, words, cli, tmp_path):
     assert_refused(cli("run", *arguments, "--out", tmp_path / "out"), *words)
@@ -436,7 +438,7 @@ def test_list_names_the_files_found(what, cli):
         "recipes": {"fp16", "fp8", "int8", "int4", "fp4-fp8"},
         "formats": {"fp", "int"},
         "methods": {"rtn", "smoothquant"},
-        "backends": {"ort", "trt-rtx"},
+        "backends": {"ort", "trt", "trt-rtx"},
     }[what]
     assert expected <= set(process.stdout.split())
 

@@ -14,6 +14,7 @@ from engines import backends
 from engines.audit import AS_ASKED, EXPLAINED, OTHER, audit, rows_of
 from engines.build import build
 from engines.errors import UserError
+from engines.options import Options
 from engines.plans import read_plan
 from exporter import quantized, recipe, taps
 from exporter.calibrate import calibrate
@@ -111,13 +112,13 @@ def test_a_codebook_folded_to_a_dense_weight_is_refused_with_its_layer(run_of, t
     run = run_of("codebook")
     weight = quantized.quantized_layers(quantized.load(run.quantized))[LAYER].weight_tensor.dequantize()
     dense = remade(run.graphs["fp32"], tmp_path / "graph", folded(LAYER, weight.numpy()))
-    engine = build(dense, "ort", tmp_path / "ort", decode="load")
+    engine = build(dense, "ort", tmp_path / "ort", options=Options(decode="load"))
     found = rows_of(read_plan(engine), engine.info["graph"], backends.load("ort"))  # as if nobody had asked for that
     (row,) = [row for row in found if row.layer == LAYER]
     assert (row.status, row.asked["weight"], row.got["weight"]) == (OTHER, "int4", "fp32")
     with pytest.raises(UserError, match=f"expanded, most of all '{LAYER}'"):
         build(dense, "ort", tmp_path / "checked")
-    asked = audit(build(run.graphs["fp32"], "ort", tmp_path / "load", decode="load"))
+    asked = audit(build(run.graphs["fp32"], "ort", tmp_path / "load", options=Options(decode="load")))
     assert {row.reason for row in asked if row.status != AS_ASKED} == {"decoded when opened, by --decode load"}
     assert not [row for row in asked if row.status == OTHER]
 

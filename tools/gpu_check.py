@@ -2,8 +2,10 @@
 
     python tools/gpu_check.py --out gpu.json
 
-Needs torch and click; of Triton, TensorRT-RTX, TensorRT and onnxruntime-gpu it takes what is there, and of each part
-that is not it says so and goes on. Where the package is not installed, run it with PYTHONPATH=. from the repository.
+Needs torch and click; of Triton, TensorRT-RTX, TensorRT, cuda-python and onnxruntime-gpu it takes what is there, and of
+each part that is not it says so and goes on. For TensorRT and TensorRT-RTX it builds by hand, and as `export-engine`
+does: with CUDA graphs and without, by several threads, timings used again, weights exchanged and streamed. Where the
+package is not installed, run it with PYTHONPATH=. from the repository.
 Prints JSON; exit code 3 if an engine or a kernel disagrees with its reference. Each part runs in a process of its own:
 a builder that crashes, or a kernel that leaves the GPU in an error, spoils no other part.
 """
@@ -33,7 +35,7 @@ from engines import gpu
 SCHEMA_VERSION = 1
 DEVICE = "cuda"
 TIMEOUT_S = 600  # for one part
-PACKAGES = ("torch", "triton", "tensorrt_rtx", "tensorrt", "onnxruntime", "onnx", "onnx_ir")
+PACKAGES = ("torch", "triton", "tensorrt_rtx", "tensorrt", "cuda", "onnxruntime", "onnx", "onnx_ir")
 
 ENGINE_ROWS, ENGINE_INPUTS, ENGINE_OUTPUTS = 32, 256, 192
 ENGINE_LIMIT_DB = 50.0  # rounding the output to fp16 leaves about 73 dB; an engine may sum in fp16, too
@@ -218,9 +220,10 @@ def engine(trt: Any, target: str, model: bytes, x: Any, exact: Any) -> Part:
 
 def plan(trt: Any, log: Any, target: str, model: bytes) -> Any:
     """Builds a graph; raises a RuntimeError where the library refuses it."""
+    from engines.backends._tensorrt_api import network_flags
+
     builder = trt.Builder(log.logger)
-    flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 10 wants it said
-    network = builder.create_network(0 if flags is None else 1 << int(flags))
+    network = builder.create_network(network_flags(trt))
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse(model):
         raise RuntimeError("the parser refuses it")
@@ -252,6 +255,18 @@ def run(trt: Any, log: Any, plan: Any, x: Any) -> Any:
         raise RuntimeError("it does not run")
     stream.synchronize()
     return y
+
+
+def backend(name: str) -> Part:
+    """Builds and runs every graph as `export-engine` does, with every option of the backend."""
+    from engines import backends
+
+    if reason := backends.load(name).cannot_run():
+        raise Missing(reason)
+    need("torch", "onnx", "onnx_ir", "onnxruntime")
+    import gpu_backends
+
+    return gpu_backends.check(name, graphs(), compared, guarded)
 
 
 def onnxruntime() -> Part:
@@ -387,6 +402,8 @@ PARTS: dict[str, Callable[[], Any]] = {
     "machine": machine,
     "tensorrt_rtx": functools.partial(tensorrt, "tensorrt_rtx"),
     "tensorrt": functools.partial(tensorrt, "tensorrt"),
+    "backend_trt_rtx": functools.partial(backend, "trt-rtx"),
+    "backend_trt": functools.partial(backend, "trt"),
     "onnxruntime": onnxruntime,
     "kernels": kernels,
     "timings": timings,

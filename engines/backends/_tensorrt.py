@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.artifacts import Json
-from engines.backends._tensorrt_plan import read_log
+from engines.backends._tensorrt_api import Library, network_flags, shape_of
 from engines.errors import UserError
-from engines.plans import PlanRow
+from engines.options import Options
+from engines.plans import write_plan
 
 # Targets that have a format in hardware. Source: TensorRT support matrix (FP8 from Ada, FP4 on Blackwell,
 # INT4 weights from Ampere); the pairs of TensorRT-RTX were confirmed by building for each target.
@@ -19,6 +22,8 @@ SUPPORT = {
     "fp4": ("sm100", "sm103", "sm120", "sm121"),
     "int4": ("sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121"),
 }
+
+LAST_ERRORS = 20
 
 
 def check_support(layers: Mapping[str, Mapping[str, str | None]], gpu: str, known: Sequence[str]) -> None:
@@ -34,11 +39,14 @@ def check_support(layers: Mapping[str, Mapping[str, str | None]], gpu: str, know
 
 
 class Logger:
-    """Collects the builder's log: the plan stands in its verbose lines, the reason of a failure in its errors."""
+    """Collects the library's log: the plan stands in the builder's verbose lines, the reason of a failure in errors.
 
-    def __init__(self, trt: Any) -> None:
-        self.lines: list[str] = []
-        self.errors: list[str] = []
+    What is not `verbose` keeps the last errors alone, as long as it may live.
+    """
+
+    def __init__(self, trt: Any, *, verbose: bool = True) -> None:
+        self.lines: deque[str] = deque(maxlen=None if verbose else 0)
+        self.errors: deque[str] = deque(maxlen=None if verbose else LAST_ERRORS)
         outer = self
 
         class _Logger(trt.ILogger):  # type: ignore[misc]  # the binding calls back into this class
@@ -49,29 +57,44 @@ class Logger:
 
         self.logger = _Logger()
 
+    @property
+    def reason(self) -> str:
+        return " ".join(self.errors) or "no reason given"
 
-def build_engine(trt: Any, model: Path, graph: Json, folder: Path, configure: Any) -> list[PlanRow]:
-    """Parses, builds and writes `engine.plan`; `configure(config)` sets what only one of the two libraries has."""
+
+def build_engine(library: Library, model: Path, graph: Json, folder: Path, gpu: str, options: Options) -> None:
+    """Parses, builds and writes `engine.plan` and its plan.json."""
+    trt = library.module()
     log = Logger(trt)
     builder = trt.Builder(log.logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log.logger)
-    if not parser.parse(_parsable(model), str(model)):
-        reasons = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
-        raise UserError(f"{model}: the parser refuses it: {reasons}", fix="keep the layer it names in float (recipe)")
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.add_optimization_profile(_profile(builder, network, graph))
-    configure(config)
+    network = parsed(trt, log, builder, model)
+    config = configured(library, trt, builder, graph, gpu, options)
+    keep = library.time(config, Path(options.timing_cache) if options.timing_cache else None)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        reason = " ".join(log.errors) or "no reason given"
-        raise UserError(f"{model}: the builder refuses it: {reason}", fix="choose another --gpu or another recipe")
+        raise UserError(f"{model}: the builder refuses it: {log.reason}", fix="choose another --gpu or another recipe")
+    for note in keep():
+        print(f"note: {note}", file=sys.stderr)  # engines.build hands it on
     (folder / "engine.plan").write_bytes(engine)
-    return read_log(log.lines)
+    write_plan(library.plan(trt, log.logger, list(log.lines), engine, graph), folder)
 
 
-def _parsable(model: Path) -> bytes:
+def parsed(trt: Any, log: Logger, builder: Any, model: Path) -> Any:
+    network = builder.create_network(network_flags(trt))
+    parser = trt.OnnxParser(network, log.logger)
+    if not parser.parse(parsable(model), str(model)):
+        raise UserError(
+            f"{model}: the parser refuses it: {reasons(parser)}", fix="keep the layer it names in float (recipe)"
+        )
+    return network
+
+
+def reasons(parser: Any) -> str:
+    """Returns what an ONNX parser, or a refitter, found wrong."""
+    return "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
+
+
+def parsable(model: Path) -> bytes:
     """Returns the graph as the parser takes it: it would give the Q/DQ layers of every call of a function one name."""
     import onnx
 
@@ -81,31 +104,16 @@ def _parsable(model: Path) -> bytes:
     return written_out(graph).SerializeToString() if graph.functions else model.read_bytes()
 
 
-def _profile(builder: Any, network: Any, graph: Json) -> Any:
+def configured(library: Library, trt: Any, builder: Any, graph: Json, gpu: str, options: Options) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the plan can be read
     profile = builder.create_optimization_profile()
     for entry in graph["inputs"]:
-        shapes = [
-            tuple(graph["axes"][d][bound] if isinstance(d, str) else d for d in entry["shape"])
-            for bound in ("min", "opt", "max")
-        ]
-        profile.set_shape(entry["name"], *shapes)
-    return profile
-
-
-class PolygraphyRunner:
-    """Runs a plan file on this machine's GPU through Polygraphy."""
-
-    def __init__(self, name: str, plan: Path) -> None:
-        from polygraphy.backend.common import BytesFromPath
-        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-
-        self.name = name
-        self._runner = TrtRunner(EngineFromBytes(BytesFromPath(str(plan))))
-        self._runner.activate()
-        self._types = {n: meta.dtype.numpy() for n, meta in self._runner.get_input_metadata().items()}
-
-    def run(self, feeds: Any) -> dict[str, Any]:
-        import numpy as np
-
-        outputs = self._runner.infer({n: np.ascontiguousarray(feeds[n].astype(t)) for n, t in self._types.items()})
-        return {n: np.asarray(o, dtype=np.float32) for n, o in outputs.items()}
+        profile.set_shape(entry["name"], *(shape_of(graph, entry, bound) for bound in ("min", "opt", "max")))
+    config.add_optimization_profile(profile)
+    library.aim(trt, config, gpu)
+    if options.refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if options.weight_streaming is not None:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    return config

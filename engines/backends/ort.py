@@ -17,6 +17,7 @@ from engines import gpu as gpus
 from engines import native
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError
+from engines.options import Options
 from engines.plans import FLOATS, PlanRow, tensor_bytes, write_plan
 from engines.runner import Feeds
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 DECODES = ("run", "load")
 STANDARD = {"fp8", "int8", "int4"}  # weights that ONNX has a type for; others are looked up by ops of ours
+OPTIONS: tuple[str, ...] = ()
 DTYPE = "fp32"  # on a CPU, fp16 Q/DQ is not fused: eight matmuls took 260.8 ms against 11.0 ms
 # onnx.TensorProto.DataType by number, in the spelling of plans
 TYPES = {
@@ -105,9 +107,9 @@ def device() -> str:
     return "cuda" if gpus.detect() and "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
 
 
-def note(graph: Json, decode: str | None) -> str | None:
+def note(graph: Json, options: Options) -> str | None:
     """Says so where codebooks will be decoded the slow way for want of the native library."""
-    if decode != "run" or "codebook" not in graph["weights"]["by_format"] or native.library():
+    if options.decode != "run" or "codebook" not in graph["weights"]["by_format"] or native.library():
         return None
     return (
         f"ort: no native kernels for codebooks ({native.why_not()}): the portable path runs, slower, to the same "
@@ -116,14 +118,14 @@ def note(graph: Json, decode: str | None) -> str | None:
     )
 
 
-def build(model: Path, graph: Json, folder: Path, gpu: str | None, decode: str | None) -> Mapping[str, int]:
+def build(model: Path, graph: Json, folder: Path, gpu: str | None, options: Options) -> Mapping[str, int]:
     import onnx
 
     from engines.backends import _codebooks, _int4
 
     for file in sorted(model.parent.glob(f"{model.name}*")):  # the graph and its external data
         link_or_copy(file, folder / file.name)
-    decoding = _codebooks.rewrite(model, decode or DECODES[0])
+    decoding = _codebooks.rewrite(model, options.decode or DECODES[0])
     rewritten = decoding or onnx.load(model, load_external_data=False)
     widened = _int4.widen(rewritten) if graph["dtype"] == DTYPE else {}  # fp16 is multiplied in float all the same
     if decoding or widened:
@@ -260,7 +262,15 @@ class OrtRunner:
 
 
 def open_runner(engine: Artifact, threads: int = 0) -> OrtRunner:
-    return OrtRunner(open_session(engine.file("model.onnx"), engine.info["graph"], threads=threads))
+    graph = engine.info["graph"]
+    session = open_session(engine.file("model.onnx"), graph, threads=threads)
+    found, said = {i.name for i in session.get_inputs()}, {entry["name"] for entry in graph["inputs"]}
+    if found != said or graph["output"] not in {o.name for o in session.get_outputs()}:
+        raise UserError(
+            f"{engine.path}: its model takes {', '.join(sorted(found))}, its manifest says {', '.join(sorted(said))}",
+            fix="do not use this engine: it was tampered with; get it, or make it, again",
+        )
+    return OrtRunner(session)
 
 
 def plan(model: Path, graph: Json) -> list[PlanRow]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engines.errors import UserError
+from engines.options import Options
 from exporter import quantized, recipe, steps
 from exporter.attention import POINTS, PointSpec, Products, add_points, attentions, quantize_points
 from exporter.calibrate import calibrate
@@ -141,7 +142,7 @@ def test_a_gpu_without_the_type_of_the_products_is_refused_before_anything_is_ca
     products = {"layers": "*", "type": "attention", "activation": number}
     weights = {"layers": "*", "weight": {"format": "int", "bits": 8}}
     asked = recipe.parse("mine", {"rule": [products, weights]})
-    targets = [Target("trt-rtx", gpu, "fp16", None) for gpu in ("sm89", "sm80")]
+    targets = [Target("trt-rtx", gpu, "fp16", Options()) for gpu in ("sm89", "sm80")]
     checkpoint = open_checkpoint("digits-dit")
     model = checkpoint.skeleton()
     plan = plan_layers(model, checkpoint.family, asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -46,6 +47,18 @@ def test_a_backend_whose_library_is_missing_says_so_and_what_to_install(without)
     assert "cannot be imported" in row["cannot_build"]
     assert "pip install tensorrt-rtx-cu13" in row["cannot_build"]
     assert doctor.backend("ort")["cannot_build"] is None
+
+
+def test_tensorrt_is_said_to_build_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "export-engine[trt]" in doctor.backend("trt")["cannot_build"]
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0"))
+    assert "this machine has none" in doctor.backend("trt")["cannot_build"]
+    monkeypatch.setattr(doctor.gpu, "detect", lambda: "sm89")
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    row = doctor.backend("trt")
+    assert (row["cannot_build"], row["gpus"]) == (None, ["sm89"])
+    assert "cuda-python" in row["cannot_run"]
 
 
 def test_a_required_library_that_is_missing_ends_the_command_with_its_fix(without):

@@ -316,6 +316,16 @@ def test_a_model_is_named_without_its_absolute_path(model, shown):
     assert reproduce.without_path(model) == shown
 
 
+def test_the_command_of_a_run_has_the_options_of_its_engines():
+    content = report()
+    theirs = {"backend": "trt", "decode": None, "gpu": "sm89", "refit": True, "weight_streaming": 700}
+    content["engines"].append(content["engines"][0] | theirs)
+    words = reproduce.commands(content, "run")["run"]
+    assert "--backend ort --backend trt" in words
+    assert "--gpu sm89 --refit --weight-streaming 700" in words
+    assert "--decode" not in words
+
+
 def test_a_report_of_other_artifacts_is_known_and_one_that_stands_alone_is_taken(tmp_path):
     run = made_run(tmp_path / "run")
     assert not html_report.is_stale(saved(tmp_path / "alone"))

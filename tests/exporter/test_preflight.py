@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from bench_real_unets import CONFIGS
@@ -50,6 +52,29 @@ def test_json_is_one_document_with_every_part(tmp_path):
     assert report["disk"]["free_bytes"] > report["disk"]["needed_bytes"] > 0
     assert 0 < report["kept"]["share_of_weights"] < 0.05
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "here", "built"),
+    [
+        (None, None, {"ort": None, "trt-rtx": "sm89"}),
+        (None, "sm86", {"ort": None, "trt": "sm86", "trt-rtx": "sm86"}),
+        ("sm86", "sm86", {"ort": None, "trt": "sm86", "trt-rtx": "sm86"}),
+        ("sm120", "sm86", {"ort": None, "trt-rtx": "sm120"}),
+    ],
+)
+def test_by_default_all_are_planned_that_build_here_for_the_gpu_that_is_meant(gpu, here, built, monkeypatch, capsys):
+    monkeypatch.setattr(preflight.gpus, "detect", lambda: here)
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0"))
+    assert {target.backend: target.gpu for target in preflight.targets((), gpu, None)} == built
+    assert ("note: trt is left out" in capsys.readouterr().err) == ("trt" not in built)
+
+
+def test_a_backend_that_cannot_build_here_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    result = invoke("digits-dit", "--recipe", "fp8", "--backend", "trt")
+    assert result.exit_code == 2
+    assert "pip install 'export-engine[trt]', or --backend trt-rtx" in result.stderr
 
 
 def test_the_tables_have_what_json_has():

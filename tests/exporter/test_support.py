@@ -6,6 +6,7 @@ import pytest
 
 from engines.backends import _tensorrt
 from engines.errors import UserError
+from engines.options import Options
 from exporter import recipe, support
 from exporter.checkpoint import open_checkpoint
 from exporter.plan import plan_layers
@@ -16,7 +17,7 @@ def refuse(model, name, gpu):
     checkpoint, asked = open_checkpoint(model), recipe.load(name)
     shapes = checkpoint.skeleton()
     plan = plan_layers(shapes, checkpoint.family, asked)
-    support.refuse(checkpoint, asked, shapes, plan, [Target("trt-rtx", gpu, "fp16", None)])
+    support.refuse(checkpoint, asked, shapes, plan, [Target("trt-rtx", gpu, "fp16", Options())])
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,21 @@ def test_fp4_that_is_multiplied_is_refused_where_there_is_no_hardware():
     layers = {"proj": {"weight": "fp4", "activation": "fp4"}}
     with pytest.raises(UserError, match="'proj' is fp4, which sm89 has no hardware for"):
         _tensorrt.check_support(layers, "sm89", ("sm89", "sm120"))
+
+
+def test_an_option_that_one_of_the_backends_lacks_is_noted_and_one_that_all_lack_is_refused(capsys):
+    asked = Options(decode="load", weight_streaming=7)
+    ort, rtx = support.targets_of(("ort", "trt-rtx"), None, None, asked)
+    assert (ort.options, rtx.options) == (Options(decode="load"), Options(weight_streaming=7))
+    assert rtx.to_json() == {
+        "backend": "trt-rtx", "gpu": rtx.gpu, "dtype": "fp16", "decode": None, "refit": False, "weight_streaming": 7,
+    }  # fmt: skip
+    told = capsys.readouterr().err
+    assert "--decode load says nothing to trt-rtx" in told
+    assert "--weight-streaming 7 says nothing to ort" in told
+    with pytest.raises(UserError, match="--refit: ort has no such option") as raised:
+        support.targets_of(("ort", "trt-rtx"), None, None, Options(refit=True, decode="load"))
+    assert "build for trt" in raised.value.fix
 
 
 def test_whole_bits_of_weights_come_before_activations_and_these_before_training():

@@ -20,6 +20,7 @@ from engines.artifacts import Artifact
 from engines.backends import _codebooks, ort
 from engines.build import build
 from engines.errors import UserError
+from engines.options import Options
 from engines.plans import constant_bytes, read_plan
 from exporter import lower as lowering
 from exporter import quantized
@@ -119,7 +120,7 @@ def test_the_same_file_runs_without_the_library_to_the_same_numbers(kind, graph_
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_is_dense_in_memory_and_compressed_in_the_file(kind, graph_with, tmp_path):
     source, graph = graph_with(kind)
-    engine = build(graph, "ort", tmp_path / "engine", decode="load")
+    engine = build(graph, "ort", tmp_path / "engine", options=Options(decode="load"))
     rows = read_plan(engine)
     assert not [row for row in rows if row.kind.startswith(("codebook", "gather")) and "codebook" in row.name]
     layers = quantized.quantized_layers(quantized.load(source))
@@ -139,7 +140,7 @@ def test_external_data_is_shared_and_not_rewritten(decode, graph_with, monkeypat
     source, _ = graph_with("3 by channels")
     monkeypatch.setattr(lowering, "EXTERNAL_BYTES", 0)
     graph = lower(source, tmp_path / "graph", dtype="fp32")
-    engine = build(graph, "ort", tmp_path / "engine", decode=decode)
+    engine = build(graph, "ort", tmp_path / "engine", options=Options(decode=decode))
     assert engine.file("model.onnx.data").samefile(graph.file("model.onnx.data"))
     assert engine.file("model.onnx").stat().st_size < 100_000
     assert_agrees(output_of(engine, source), source)
@@ -157,21 +158,21 @@ def test_layers_of_the_engines_own_graph_can_be_compared_with_pytorch(graph_with
 def test_another_choice_is_another_engine_and_the_same_one_is_kept(graph_with, tmp_path):
     _, graph = graph_with("2")
     first = build(graph, "ort", tmp_path / "engine")
-    assert build(graph, "ort", tmp_path / "engine", decode="run").digest == first.digest
-    assert build(graph, "ort", tmp_path / "engine", decode="load").digest != first.digest
+    assert build(graph, "ort", tmp_path / "engine", options=Options(decode="run")).digest == first.digest
+    assert build(graph, "ort", tmp_path / "engine", options=Options(decode="load")).digest != first.digest
 
 
 def test_a_graph_without_codebooks_has_nothing_to_decode(graph_of, tmp_path):
     graph = graph_of("int8", "fp32")
-    engine = build(graph, "ort", tmp_path / "engine", decode="load")
+    engine = build(graph, "ort", tmp_path / "engine", options=Options(decode="load"))
     assert engine.file("model.onnx").samefile(graph.file("model.onnx"))
 
 
 def test_a_backend_without_the_choice_refuses_one():
-    assert backends.resolve_decode("trt-rtx", None) is None
-    assert backends.resolve_decode("ort", None) == "run"
+    assert backends.resolve("trt-rtx", Options()).decode is None
+    assert backends.resolve("ort", Options()).decode == "run"
     with pytest.raises(UserError, match="--decode load: trt-rtx has no such choice"):
-        backends.resolve_decode("trt-rtx", "load")
+        backends.resolve("trt-rtx", Options(decode="load"))
 
 
 def test_the_command_line_refuses_it_too_and_says_what_is_held_in_memory(cli, graph_with, tmp_path):
@@ -191,11 +192,11 @@ def test_a_missing_library_is_noted_with_its_reason_and_fix(graph_with, monkeypa
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
     monkeypatch.setattr(native, "WHY_NOT", tmp_path / "why_not.txt")
     (tmp_path / "why_not.txt").write_text("no onnxruntime_cxx_api.h in /nowhere\n")
-    note = ort.note(graph.info, "run")
+    note = ort.note(graph.info, Options(decode="run"))
     assert "no onnxruntime_cxx_api.h in /nowhere" in note
     assert "fix:" in note
-    assert ort.note(graph.info, "load") is None
-    assert ort.note({"weights": {"by_format": {"int8": {}}}}, "run") is None
+    assert ort.note(graph.info, Options(decode="load")) is None
+    assert ort.note({"weights": {"by_format": {"int8": {}}}}, Options(decode="run")) is None
 
 
 def test_an_install_without_headers_goes_on_and_says_why(tmp_path):
