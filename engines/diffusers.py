@@ -131,7 +131,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _run(self, feeds: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
         """Returns the output, computed on the GPU that the tensors lie on if the engine can, else from host arrays."""
-        if device.type == "cuda" and self.engine.backend == "ort" and ort.device() == "cuda":
+        if device.type == "cuda" and (self.engine.backend != "ort" or ort.device() == "cuda"):
             torch.cuda.current_stream(device).synchronize()  # the engine has a stream of its own
             return self._run_dlpack(feeds, device)
         arrays = {name: value.cpu().numpy() for name, value in feeds.items()}

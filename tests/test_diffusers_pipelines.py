@@ -14,14 +14,14 @@ import pipelines
 import pytest
 import torch
 from PIL import Image
+from road import untrained
 from safetensors.torch import load_file
 from torch import nn
 
-import engines
 from engines.build import build
 from engines.diffusers import denoiser
 from engines.errors import UserError
-from exporter import quantized, recipe, steps
+from exporter import quantized, steps
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
 from exporter.checks import FLOOR_MARGIN_DB
@@ -79,8 +79,8 @@ def test_a_mask_may_be_given_in_every_way_that_the_class_takes(family_of, mask):
     words = (torch.arange(6) < torch.tensor([[2], [5]])).float()
     masks = {"none": None, "words": words, "scores": (1 - words)[:, None] * -10_000}
     given = (torch.randn(2, 4, 16, 16), torch.randn(2, 6, 64), torch.tensor([400, 400]))
-    sizes = {"resolution": None, "aspect_ratio": None}
-    assert_same_output(folder, bundle, *given, encoder_attention_mask=masks[mask], added_cond_kwargs=sizes)
+    rest = {"attention_mask": torch.ones(2, 64), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    assert_same_output(folder, bundle, *given, encoder_attention_mask=masks[mask], **rest)
 
 
 @pytest.mark.parametrize("by_row", [False, True])
@@ -166,14 +166,6 @@ def test_digits_are_those_of_pytorch_and_of_the_runtimes_own_loop(
     assert psnr_db(alone, drawn) >= least_db(source)
 
 
-def untrained(name):
-    """Returns a shipped recipe of DilateQuant without its minutes of training."""
-    source = json.loads(json.dumps(recipe.load(name).source))
-    source["calibration"] = {"samples": 8}
-    source["rule"][-1]["method"] = {"name": "dilatequant", "iterations": 0, "output": False}
-    return recipe.parse(name, source)
-
-
 def test_steps_come_from_the_pipelines_schedule_and_another_is_refused(tmp_path):
     checkpoint = open_checkpoint("digits-dit", steps=4)
     calibration = calibrate(checkpoint, tmp_path / "calibration", samples=8)
@@ -184,7 +176,7 @@ def test_steps_come_from_the_pipelines_schedule_and_another_is_refused(tmp_path)
     pipeline = digits_pipeline(checkpoint, denoiser(bundle))
     wanted = digits(digits_pipeline(checkpoint, Stepped(source)), 10, 4)
     assert psnr_db(wanted, digits(pipeline, 10, 4)) >= least_db(source)
-    with pytest.raises(UserError, match="timestep .* 4 steps") as caught:
+    with pytest.raises(UserError, match=r"timestep .* 4 steps") as caught:
         digits(pipeline, 10, 5)
     assert "num_inference_steps=4" in caught.value.fix
     pipeline.transformer = denoiser(bundle, nearest=True)

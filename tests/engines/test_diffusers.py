@@ -13,7 +13,7 @@ from common import FAMILIES, TINY
 from families import family
 
 import engines
-from engines.diffusers import NESTED, Denoiser, denoiser, output_class
+from engines.diffusers import NESTED, denoiser, output_class
 from engines.errors import UserError
 from exporter.models import Family, families
 
@@ -85,33 +85,24 @@ def test_arguments_that_change_nothing_are_let_pass(plain):
         assert torch.equal(plain(**arguments(), cross_attention_kwargs=None).sample, expected())
 
 
-REFUSED = {
-    "cross_attention_kwargs": {"scale": 0.5},
-    "mid_block_additional_residual": torch.zeros(1),
-    "down_block_additional_residuals": (torch.zeros(1),),
-    "timestep_cond": torch.zeros(2, 4),
-    "encoder_attention_mask": torch.tensor([[1, 0]]),
-    "image_embeds": torch.zeros(2, 4),
-}
+PIXART, SD3, FLUX = "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
+REFUSED = [
+    (PIXART, "cross_attention_kwargs", {"scale": 0.5}),
+    (PIXART, "attention_mask", torch.tensor([[1, 0]])),
+    (PIXART, "added_cond_kwargs", {"image_embeds": torch.zeros(2, 4)}),
+    (SD3, "skip_layers", [1]),
+    (SD3, "joint_attention_kwargs", {"ip_adapter_image_embeds": torch.zeros(2, 4)}),
+    (SD3, "block_controlnet_hidden_states", [torch.zeros(1)]),
+    (FLUX, "controlnet_block_samples", (torch.zeros(1),)),
+]
 
 
-@pytest.fixture(scope="module")
-def text_unet(bundle_of):
-    """The network under a class that takes more than it."""
-
-    def edit(info):
-        info["model"]["class"] = "UNet2DConditionModel"
-        info["sampler"]["latent"]["input"] = info["inputs"][0]["name"] = "sample"
-        info["graphs"]["fp32"]["info"]["inputs"][0]["name"] = "sample"
-
-    return Denoiser(engines.load(bundle_of(edit=edit)))
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_would_change_the_picture_and_has_no_input_is_refused_by_name(text_unet, name):
-    given = {"added_cond_kwargs": {name: REFUSED[name]}} if name == "image_embeds" else {name: REFUSED[name]}
-    with pytest.raises(UserError, match=f"gives '{name}'.* it takes sample, timestep, class_labels"):
-        text_unet(torch.zeros(2, 1, 2, 4), 900, None, class_labels=torch.zeros(2, dtype=torch.int64), **given)
+@pytest.mark.parametrize(("class_name", "name", "value"), REFUSED)
+def test_what_would_change_the_picture_and_has_no_input_is_refused_by_name(bundle_of, class_name, name, value):
+    found = denoiser(bundle_of(edit=lambda info: info["model"].update({"class": class_name})))
+    said = next(iter(value)) if name == NESTED else name
+    with pytest.raises(UserError, match=f"gives '{said}'.* it takes hidden_states, timestep, class_labels"):
+        found(torch.zeros(2, 1, 2, 4), timestep=torch.tensor(900), **{name: value})
 
 
 def test_an_argument_that_the_class_has_not_is_an_error_as_it_is_there(plain):
@@ -139,7 +130,7 @@ def test_the_step_is_that_of_the_timestep(bundle_of, step_input, step):
 
 def test_a_timestep_of_another_schedule_is_refused_with_the_number_of_steps(bundle_of):
     stepped = denoiser(bundle_of(step_input="index"))
-    with pytest.raises(UserError, match="timestep 700 .* 3 steps, timesteps 900 … 100") as caught:
+    with pytest.raises(UserError, match=r"timestep 700 .* 3 steps, timesteps 900 … 100") as caught:
         stepped(**arguments() | {"timestep": torch.tensor(700)})
     assert "num_inference_steps=3" in caught.value.fix
     assert "nearest=True" in caught.value.fix

@@ -52,7 +52,7 @@ def test_single_timesteps_take_the_step_that_they_are_of_in_any_order():
 
 
 def test_a_timestep_that_is_not_calibrated_is_an_error_unless_the_nearest_will_do():
-    with pytest.raises(UserError, match="timestep 880 .* 4 steps, timesteps 900 … 0") as caught:
+    with pytest.raises(UserError, match=r"timestep 880 .* 4 steps, timesteps 900 … 0") as caught:
         schedule.steps_at(GRAPH, [900.0, 880.0])
     assert "num_inference_steps=4" in caught.value.fix
     assert schedule.steps_at(GRAPH, [900.0, 880.0], nearest=True) == [0, 0]
