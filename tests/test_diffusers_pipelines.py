@@ -18,16 +18,12 @@ from road import untrained
 from safetensors.torch import load_file
 from torch import nn
 
-from engines.build import build
 from engines.diffusers import denoiser
 from engines.errors import UserError
 from exporter import quantized, steps
-from exporter.calibrate import calibrate
-from exporter.checkpoint import open_checkpoint
 from exporter.checks import FLOOR_MARGIN_DB
-from exporter.lower import lower
-from exporter.quantize import quantize, reference_steps
-from exporter.run_folder import Run, open_artifacts
+from exporter.quantize import reference_steps
+from exporter.run_folder import open_artifacts
 from exporter.validate import floor_db
 
 SAME_DB = 60.0  # floats in another order: these measure 120 dB and more, and another prompt's picture 14 to 25
@@ -166,18 +162,18 @@ def test_digits_are_those_of_pytorch_and_of_the_runtimes_own_loop(
     assert psnr_db(alone, drawn) >= least_db(source)
 
 
-def test_steps_come_from_the_pipelines_schedule_and_another_is_refused(tmp_path):
-    checkpoint = open_checkpoint("digits-dit", steps=4)
-    calibration = calibrate(checkpoint, tmp_path / "calibration", samples=8)
-    source = quantize(checkpoint, untrained("dilate-w8a8"), calibration, tmp_path / "quantized")
-    graph = lower(source, tmp_path / "graph" / "fp32", dtype="fp32")
-    run = Run(source, {"fp32": graph}, {"ort": build(graph, "ort", tmp_path / "engines" / "ort")})
-    bundle = pipelines.bundle_of(run, checkpoint, tmp_path, tmp_path / "bundle")
-    pipeline = digits_pipeline(checkpoint, denoiser(bundle))
-    wanted = digits(digits_pipeline(checkpoint, Stepped(source)), 10, 4)
-    assert psnr_db(wanted, digits(pipeline, 10, 4)) >= least_db(source)
-    with pytest.raises(UserError, match=r"timestep .* 4 steps") as caught:
-        digits(pipeline, 10, 5)
-    assert "num_inference_steps=4" in caught.value.fix
+def test_steps_come_from_the_pipelines_schedule_and_another_is_refused(family_of, tmp_path):
+    folder, _ = family_of("dit")
+    bundle = pipelines.bundled(folder / "transformer", tmp_path / "bundle", untrained("dilate-w8a8"))
+    source = open_artifacts(tmp_path / "bundle-run").quantized
+    assert any(spec.steps for spec in quantized.specs(source).values())
+    pipeline = pipelines.opened("dit", folder)
+    pipeline.transformer = Stepped(source)
+    wanted = pipelines.draw("dit", pipeline)
+    pipeline.transformer = denoiser(bundle)
+    assert psnr_db(wanted, pipelines.draw("dit", pipeline)) >= least_db(source)
+    with pytest.raises(UserError, match=r"timestep .* 2 steps") as caught:
+        pipelines.draw("dit", pipeline, num_inference_steps=3)
+    assert "num_inference_steps=2" in caught.value.fix
     pipeline.transformer = denoiser(bundle, nearest=True)
-    assert digits(pipeline, 10, 5).shape == wanted.shape
+    assert pipelines.draw("dit", pipeline, num_inference_steps=3).shape == wanted.shape
