@@ -142,7 +142,7 @@ def open_bundle(path: Path | str) -> Bundle:
         return Bundle(_opened(folder), unpacked)
     except BaseException as error:
         if isinstance(error, UserError):  # what the user knows is the zip
-            error.what = error.what.replace(str(folder), str(path))
+            error.what, error.fix = (text.replace(str(folder), str(path)) for text in (error.what, error.fix))
         unpacked.cleanup()
         raise
 

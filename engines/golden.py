@@ -34,12 +34,16 @@ def read_tensors(path: Path, prefix: str) -> dict[str, NDArray[Any]]:
 
 def rows(engine: Engine, bundle: Bundle) -> list[Json]:
     """Returns, for each recorded step and for the sampled pictures: `{what, value_db, limit_db, passed}`."""
+    found, picture = step_rows(engine, bundle), bundle.info["golden"]["picture"]
+    if picture and bundle.info["sampler"]["portable"]:
+        found.append(_picture_row(engine, bundle, picture))
+    return found
+
+
+def step_rows(engine: Engine, bundle: Bundle) -> list[Json]:
     golden = bundle.info["golden"]
     limits = golden["limits_db"][engine.dtype]
-    found = [_step_row(engine, bundle, step, limits[str(step)]) for step in golden["steps"]]
-    if golden["picture"] and bundle.info["sampler"]["portable"]:
-        found.append(_picture_row(engine, bundle, golden["picture"]))
-    return found
+    return [_step_row(engine, bundle, step, limits[str(step)]) for step in golden["steps"]]
 
 
 def _step_row(engine: Engine, bundle: Bundle, step: int, limit_db: float) -> Json:

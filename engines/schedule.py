@@ -96,6 +96,7 @@ class _Stepped:
         self.name = runner.name
         self._runner, self._steps, self._table = runner, len(timesteps), table
         self._timesteps = np.asarray(timesteps, dtype=np.float64)  # what the model is fed at each step
+        self._slack = TOLERANCE * max(1e-6, float(np.abs(self._timesteps).max(initial=0.0)))
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         return self._runner.run(self._with_step(feeds))
@@ -117,7 +118,7 @@ class _Stepped:
                 f"{self.name}: step {bad}, and activations have scales for the steps 0 … {self._steps - 1}",
                 fix="feed the position in the schedule that the engine was calibrated for (engines.schedule.steps_of)",
             )
-        self._check_schedule(np.asarray(feeds["timestep"], dtype=np.float64), step)
+        self._check_schedule(np.asarray(feeds["timestep"], dtype=np.float64).ravel(), step.ravel())
         fed: dict[str, Any] = dict(feeds)
         if self._table is not None:
             fed[ROW] = self._table[step]
@@ -125,14 +126,15 @@ class _Stepped:
 
     def _check_schedule(self, timesteps: NDArray[np.float64], steps: NDArray[Any]) -> None:
         """Raises a UserError where a row's step is not the calibrated one that is nearest to its timestep."""
-        apart = np.abs(self._timesteps[None] - timesteps.reshape(-1, 1))
-        slack = TOLERANCE * max(1e-6, float(np.abs(self._timesteps).max(initial=0.0)))
-        wrong = apart[np.arange(len(apart)), steps.ravel()] > apart.min(axis=1, initial=np.inf) + slack
+        if (np.abs(self._timesteps[steps] - timesteps) <= self._slack).all():
+            return
+        apart = np.abs(self._timesteps[None] - timesteps[:, None])
+        wrong = apart[np.arange(len(apart)), steps] > apart.min(axis=1, initial=np.inf) + self._slack
         if wrong.any():
             row = int(wrong.argmax())
-            step = int(steps.ravel()[row])
+            step = int(steps[row])
             raise UserError(
-                f"{self.name}: timestep {timesteps.ravel()[row]:g} at step {step}, whose scales are for timestep "
+                f"{self.name}: timestep {timesteps[row]:g} at step {step}, whose scales are for timestep "
                 f"{self._timesteps[step]:g}: another schedule than the {self._steps} steps it was calibrated for",
                 fix="sample with those, or feed the step that is nearest to each timestep: "
                 "engines.schedule.steps_of(graph, timesteps, nearest=True)",

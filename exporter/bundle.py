@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from calib_data.tensors import save_tensors
 from engines import artifacts, schedule
 from engines.artifacts import Artifact, Json, Request
 from engines.backends import ort
-from engines.bundle import FORMAT_VERSION, GOLDEN, KIND, open_bundle, pack
+from engines.bundle import FORMAT_VERSION, GOLDEN, KIND, Bundle, open_bundle, pack
 from engines.contract import STEP
 from engines.errors import UserError
 from engines.loading import with_versions
@@ -286,3 +287,17 @@ def bundle_zip(folder: Path, out: Path, *, engines: Sequence[Path] = (), failed:
         made = bundle(folder, Path(place) / out.stem, engines=engines, failed=failed)
         pack(made.path, out)
         return Artifact(out, made.manifest)
+
+
+@contextlib.contextmanager
+def opened(
+    folder: Path, out: Path | None, *, near: Path, engines: Sequence[Path] = (), failed: bool = False
+) -> Iterator[Bundle]:
+    """Yields the bundle at `out`; without one, a run's, in a temporary folder beside `near`."""
+    if out is not None:
+        yield open_bundle(out)
+        return
+    near.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=near.parent, prefix=".bundle-") as place:
+        bundle(folder, Path(place) / "bundle", engines=engines, failed=failed)
+        yield open_bundle(Path(place) / "bundle")

@@ -320,18 +320,40 @@ def bench(folder: Path, batches: tuple[int, ...], threads: int | None, as_json: 
 
 @main.command()
 @click.argument("run", type=FOLDER)
-@OUT
+@click.option("--out", type=FOLDER, help="Bundle to write.")
 @click.option("--zip", "packed", is_flag=True, help="Write one uncompressed file, --out, instead of a folder.")
+@click.option("--triton", type=FOLDER, help="Model repository to write for Triton Inference Server.")
+@click.option(
+    "--triton-ops",
+    help="Where that server will find the native codebook kernels, e.g. /models/NAME/codebook_ops.so (default: none; "
+    "graphs then look codes up by their own nodes).",
+)
 @click.option(
     "--engine", "engines", type=FOLDER, multiple=True, help="A further engine of RUN's graphs; may be repeated."
 )
 @click.option("--failed", is_flag=True, help="Bundle a run all the same whose checks failed.")
-def bundle(run: Path, out: Path, packed: bool, engines: tuple[Path, ...], failed: bool) -> None:
-    """Write what RUN holds as an application loads it: engines, graph, contract, recorded feeds and outputs."""
+def bundle(
+    run: Path, out: Path | None, packed: bool, triton: Path | None, triton_ops: str | None,
+    engines: tuple[Path, ...], failed: bool,
+) -> None:  # fmt: skip
+    """Write what RUN holds as an application loads it, as a server does, or both.
+
+    A bundle holds engines, graph, contract, recorded feeds and outputs; a model repository what Triton serves of them.
+    """
+    if out is None and (triton is None or packed):
+        raise UserError("there is nowhere to write to", fix="give --out, --triton, or both (--zip needs --out)")
     from exporter import bundle as stage
 
-    made = stage.bundle_zip if packed else stage.bundle
-    _done(made(run, out, engines=engines, failed=failed))
+    if out is not None:
+        write = stage.bundle_zip if packed else stage.bundle
+        _done(write(run, out, engines=engines, failed=failed))
+    if triton is not None:
+        from exporter import triton as serving
+
+        with stage.opened(run, out, near=triton, engines=engines, failed=failed) as source:
+            made = serving.triton(source, triton, native_ops=triton_ops)
+        serving.tell(made)
+        _done(made)
 
 
 @main.command()
