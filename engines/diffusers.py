@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,13 +75,25 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the diffusers class would, on the latent's device and of its type."""
-        given = self._signature.bind(self, *args, **kwargs).arguments
-        del given["self"]
+        given = self._bound(args, kwargs)
         as_object = given.pop("return_dict", True)
         latent = given[self.engine.sampler["latent"]["input"]]
         output = self._run(self._feeds(_flat(given), len(latent)), latent.device)
         output = output.to(latent.device, latent.dtype)
         return self._output(sample=output) if as_object else (output,)
+
+    def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the arguments of a call by name, as the diffusers class takes them."""
+        try:
+            given = self._signature.bind(self, *args, **kwargs).arguments
+        except TypeError as error:
+            raise UserError(
+                f"{self.engine.bundle.path}: its model is a {self.engine.bundle.info['model']['class']}, which is not "
+                f"called as this pipeline does: {error}",
+                fix="put it into a pipeline of its own kind",
+            ) from error
+        del given["self"]
+        return given
 
     def _feeds(self, given: Mapping[str, Any], rows: int) -> dict[str, torch.Tensor]:
         """Returns the engine's inputs, `rows` rows of each; an argument that it has no input for is refused."""

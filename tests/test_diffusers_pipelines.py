@@ -26,7 +26,7 @@ from exporter.quantize import reference_steps
 from exporter.run_folder import open_artifacts
 from exporter.validate import floor_db
 
-SAME_DB = 60.0  # floats in another order: these measure 120 dB and more, and another prompt's picture 14 to 25
+SAME_DB = 60.0  # floats in another order: these measure 120 dB and more, and another prompt's picture 14 to 28
 ROUNDED_DB = 50.0  # of a picture in 8 bits, whose rounding alone is 58.9 dB: 10 log10(12 · 255²)
 
 

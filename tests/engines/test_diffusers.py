@@ -105,9 +105,10 @@ def test_what_would_change_the_picture_and_has_no_input_is_refused_by_name(bundl
         found(torch.zeros(2, 1, 2, 4), timestep=torch.tensor(900), **{name: value})
 
 
-def test_an_argument_that_the_class_has_not_is_an_error_as_it_is_there(plain):
-    with pytest.raises(TypeError, match="guidance"):
+def test_a_pipeline_of_another_kind_is_told_so(plain):
+    with pytest.raises(UserError, match=r"is a DiTTransformer2DModel, .* 'guidance'") as caught:
         plain(**arguments(), guidance=1.0)
+    assert "of its own kind" in caught.value.fix
 
 
 def test_a_fraction_where_timesteps_are_whole_is_refused(plain):
