@@ -37,6 +37,10 @@ def rows(engine: Engine, bundle: Bundle) -> list[Json]:
     found, picture = step_rows(engine, bundle), bundle.info["golden"]["picture"]
     if picture and bundle.info["sampler"]["portable"]:
         found.append(_picture_row(engine, bundle, picture))
+    if picture and bundle.info["pipeline"]:
+        from engines.pipeline import Pipeline  # which loads engines, as what calls this does
+
+        found += Pipeline(engine).self_test()
     return found
 
 
@@ -53,7 +57,7 @@ def _step_row(engine: Engine, bundle: Bundle, step: int, limit_db: float) -> Jso
         engine.run({name: value[first : first + chunk] for name, value in feeds.items()})[engine.output["name"]]
         for first in range(0, len(expected), chunk)
     ]
-    return _row(f"step {step}", decibels(expected, np.concatenate(parts)), limit_db)
+    return row(f"step {step}", decibels(expected, np.concatenate(parts)), limit_db)
 
 
 def _picture_row(engine: Engine, bundle: Bundle, picture: Json) -> Json:
@@ -64,10 +68,10 @@ def _picture_row(engine: Engine, bundle: Bundle, picture: Json) -> Json:
     drawn = engine.sample(recorded["noise"], wanted, unwanted or None)
     error = float(np.square(recorded["latent"].astype(np.float64) - drawn).mean())
     value = 10 * math.log10(picture["peak"] ** 2 / error) if error > 0 else math.inf
-    return _row(f"{picture['count']} samples", value, picture["limits_db"][engine.dtype])
+    return row(f"{picture['count']} samples", value, picture["limits_db"][engine.dtype])
 
 
-def _row(what: str, value_db: float, limit_db: float) -> Json:
+def row(what: str, value_db: float, limit_db: float) -> Json:
     return {"what": what, "value_db": value_db, "limit_db": limit_db, "passed": bool(value_db >= limit_db)}  # NaN fails
 
 

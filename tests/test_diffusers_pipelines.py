@@ -9,8 +9,8 @@ from functools import cache
 from types import SimpleNamespace
 
 import diffusers
+import drawing
 import numpy as np
-import pipelines
 import pytest
 import torch
 from PIL import Image
@@ -41,24 +41,24 @@ def family_of(tmp_path_factory):
 
     @cache
     def get(name):
-        folder = pipelines.saved_pipeline(name, tmp_path_factory.mktemp(name) / "pipeline")
-        return folder, pipelines.float_bundle(name, folder, folder.with_name("bundle"))
+        folder = drawing.saved_pipeline(name, tmp_path_factory.mktemp(name) / "pipeline")
+        return folder, drawing.float_bundle(name, folder, folder.with_name("bundle"))
 
     return get
 
 
-@pytest.mark.parametrize("name", pipelines.DENOISERS)
+@pytest.mark.parametrize("name", drawing.DENOISERS)
 def test_a_pipeline_draws_the_same_through_an_engine(name, family_of, tmp_path):
     folder, bundle = family_of(name)
-    pipeline = pipelines.opened(name, folder)
-    wanted, other = pipelines.draw(name, pipeline), pipelines.draw(name, pipeline, "a red square")
+    pipeline = drawing.opened(name, folder)
+    wanted, other = drawing.draw(name, pipeline), drawing.draw(name, pipeline, "a red square")
     assert psnr_db(wanted, other) < 40  # the prompt, or the label, matters
-    setattr(pipeline, pipelines.denoiser_name(name), denoiser(bundle))
-    assert psnr_db(wanted, pipelines.draw(name, pipeline)) >= SAME_DB
+    setattr(pipeline, drawing.denoiser_name(name), denoiser(bundle))
+    assert psnr_db(wanted, drawing.draw(name, pipeline)) >= SAME_DB
 
     asked = ["--label", len("a blue circle")] if name == "dit" else ["--prompt", "a blue circle"]
     asked += ["--size", 32] if name == "flux" else []
-    pipelines.run_example(name, folder, bundle, *asked, "--steps", pipelines.STEPS, "--out", tmp_path / "it.png")
+    drawing.run_example(name, folder, bundle, *asked, "--steps", drawing.STEPS, "--out", tmp_path / "it.png")
     drawn = np.asarray(Image.open(tmp_path / "it.png")) / 255
     assert psnr_db(wanted[0], drawn) >= ROUNDED_DB
 
@@ -66,7 +66,7 @@ def test_a_pipeline_draws_the_same_through_an_engine(name, family_of, tmp_path):
 def test_a_pipeline_opens_with_an_engine_in_place_of_weights(family_of):
     folder, bundle = family_of("dit")
     pipeline = diffusers.DiTPipeline.from_pretrained(folder, transformer=denoiser(bundle))
-    assert psnr_db(pipelines.draw("dit", pipelines.opened("dit", folder)), pipelines.draw("dit", pipeline)) > SAME_DB
+    assert psnr_db(drawing.draw("dit", drawing.opened("dit", folder)), drawing.draw("dit", pipeline)) > SAME_DB
 
 
 @pytest.mark.parametrize("mask", ["none", "words", "scores"])
@@ -150,7 +150,7 @@ def test_digits_are_those_of_pytorch_and_of_the_runtimes_own_loop(
     for place, artifact in (parts | {"engines/ort": engine_of("int8", "ort")}).items():
         shutil.copytree(artifact.path, tmp_path / place)
     run, source = open_artifacts(tmp_path), quantized_of("int8")
-    through = denoiser(pipelines.bundle_of(run, checkpoint, tmp_path, tmp_path / "bundle"))
+    through = denoiser(drawing.bundle_of(run, checkpoint, tmp_path, tmp_path / "bundle"))
     number = checkpoint.sampler["steps"]
     drawn = digits(digits_pipeline(checkpoint, through), 10, number)
     wanted = digits(digits_pipeline(checkpoint, quantized.load(source)), 10, number)
@@ -164,16 +164,16 @@ def test_digits_are_those_of_pytorch_and_of_the_runtimes_own_loop(
 
 def test_steps_come_from_the_pipelines_schedule_and_another_is_refused(family_of, tmp_path):
     folder, _ = family_of("dit")
-    bundle = pipelines.bundled(folder / "transformer", tmp_path / "bundle", untrained("dilate-w8a8"))
+    bundle = drawing.bundled(folder / "transformer", tmp_path / "bundle", untrained("dilate-w8a8"))
     source = open_artifacts(tmp_path / "bundle-run").quantized
     assert any(spec.steps for spec in quantized.specs(source).values())
-    pipeline = pipelines.opened("dit", folder)
+    pipeline = drawing.opened("dit", folder)
     pipeline.transformer = Stepped(source)
-    wanted = pipelines.draw("dit", pipeline)
+    wanted = drawing.draw("dit", pipeline)
     pipeline.transformer = denoiser(bundle)
-    assert psnr_db(wanted, pipelines.draw("dit", pipeline)) >= least_db(source)
+    assert psnr_db(wanted, drawing.draw("dit", pipeline)) >= least_db(source)
     with pytest.raises(UserError, match=r"timestep .* 2 steps") as caught:
-        pipelines.draw("dit", pipeline, num_inference_steps=3)
+        drawing.draw("dit", pipeline, num_inference_steps=3)
     assert "num_inference_steps=2" in caught.value.fix
     pipeline.transformer = denoiser(bundle, nearest=True)
-    assert pipelines.draw("dit", pipeline, num_inference_steps=3).shape == wanted.shape
+    assert drawing.draw("dit", pipeline, num_inference_steps=3).shape == wanted.shape
