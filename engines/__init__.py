@@ -1,6 +1,7 @@
 """What runs without torch: bundles, artifacts, engine backends and their runners. An application embeds this package.
 
 `engines.load("bundle/")` is the way in, and `engines.load_pipeline("bundle/")` to a pipeline that draws from captions.
+Into a pipeline of diffusers it is `engines.diffusers.denoiser("bundle/")`.
 """
 
 from __future__ import annotations
@@ -29,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from engines.errors import UserError
 
         return UserError
+    if name == "diffusers":
+        import importlib
+
+        return importlib.import_module("engines.diffusers")
     raise AttributeError(f"module 'engines' has no attribute {name!r}")

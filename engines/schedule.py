@@ -46,6 +46,26 @@ def steps_of(graph: Json, timesteps: Sequence[float], *, nearest: bool = False) 
     )
 
 
+def steps_at(graph: Json, timesteps: Any, *, nearest: bool = False, tolerance: float = TOLERANCE) -> list[int]:
+    """Returns the `step` to feed with each of some timesteps, which are in the model's own unit: the calibrated one.
+
+    For callers who see one call at a time, and not the schedule. A timestep that is not calibrated is an error, unless
+    the `nearest` is wanted; `tolerance` is relative to the largest. Of steps at the same timestep it is the first.
+    """
+    own = np.asarray(graph["fed_timesteps"], dtype=np.float64)
+    asked = np.asarray(timesteps, dtype=np.float64).reshape(-1)
+    apart = np.abs(own[None] - asked[:, None])
+    off = apart.min(axis=1, initial=np.inf) > tolerance * np.abs(own).max(initial=1e-6)
+    if off.any() and not nearest:
+        raise UserError(
+            f"timestep {asked[off][0]:g} is none of those that the engine's activations have scales for: {len(own)} "
+            f"steps, {_ends(own)}",
+            fix=f"sample with the scheduler and the {len(own)} steps that it was calibrated for (num_inference_steps="
+            f"{len(own)}), or take the nearest calibrated step for each: nearest=True",
+        )
+    return [int(step) for step in apart.argmin(axis=1)]
+
+
 def _ends(timesteps: NDArray[np.float64]) -> str:
     return f"timesteps {timesteps[0]:g} … {timesteps[-1]:g}" if len(timesteps) else "no timesteps"
 

@@ -37,6 +37,14 @@ def calibrated(name, folder):
     return checkpoint, calibrate(checkpoint, folder / "calibration", samples=2)
 
 
+def untrained(name):
+    """Returns a shipped recipe of DilateQuant without its minutes of training."""
+    source = json.loads(json.dumps(recipe.load(name).source))
+    source["calibration"] = {"samples": 8}
+    source["rule"][-1]["method"] = {"name": "dilatequant", "iterations": 0, "output": False}
+    return recipe.parse(name, source)
+
+
 def assert_goes_the_whole_road(checkpoint, calibration, recipe_name, tmp_path):
     """Quantizes, lowers, builds for both backends; the engine that runs here agrees, the other's plan is as asked."""
     source = quantize(checkpoint, recipe.load(recipe_name), calibration, tmp_path / "quantized")
