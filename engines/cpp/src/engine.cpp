@@ -19,7 +19,7 @@ constexpr std::uint64_t MOST_TABLE_BYTES = std::uint64_t{64} << 20;
 std::string why_not(const EngineInfo& engine, const EngineOptions& options) {
   if (!options.backend.empty() && engine.backend != options.backend) return "another backend, " + engine.backend;
   if (engine.backend == "ort") return "";
-  if (engine.backend == "trt") return why_no_tensorrt();
+  if (engine.backend == "trt") return why_no_tensorrt(engine.gpu, options.device_id);
   return "this library does not run " + engine.backend;
 }
 
@@ -39,17 +39,17 @@ const EngineInfo& picked(const Info& info, const EngineOptions& options) {
     if (!best || (best->backend != "ort" && engine.backend == "ort")) best = &engine;
   }
   if (best) return *best;
-  throw Fault(
-      Code::not_found,
-      "no engine here" + (options.name.empty() ? "" : " named '" + options.name + "'") +
-          (options.backend.empty() ? "" : " of the backend '" + options.backend + "'") + " can run; the bundle has " +
-          (info.engines.empty() ? "none" : said(info, options)),
-      "ask for one of them, or make a bundle with an engine for this machine: export-engine run … --backend ort");
+  throw Fault(Code::not_found,
+              "no engine here" + (options.name.empty() ? "" : " named '" + options.name + "'") +
+                  (options.backend.empty() ? "" : " of the backend '" + options.backend + "'") +
+                  " can run; the bundle has " + (info.engines.empty() ? "none" : said(info, options)),
+              "ask for another, or make a bundle with one for this machine: export-engine bundle RUN --engine ENGINE "
+              "--out DIR");
 }
 
 std::unique_ptr<Session> open_session(const Bundle& bundle, const EngineInfo& engine, const EngineOptions& options) {
   const std::string file = engine.folder + "/" + engine.file;
-  if (engine.backend == "trt") return open_tensorrt(bundle.impl().path(file), engine.gpu, options);
+  if (engine.backend == "trt") return open_tensorrt(bundle.impl().path(file), options);
   const SessionInfo* info = engine.session ? &*engine.session : nullptr;
   // The native kernels are the CPU's and compute in fp32; elsewhere the graph's own bodies run.
   const bool native = info && info->codebook_ops && options.device == "cpu" && engine.dtype == "fp32";

@@ -1,5 +1,7 @@
 #include "info.hpp"
 
+#include <cmath>
+#include <limits>
 #include <set>
 
 #include "fault.hpp"
@@ -93,7 +95,11 @@ EngineInfo engine_of(const std::string& name, const Cursor& cursor) {
   return engine;
 }
 
-float fp32(const Cursor& cursor) { return static_cast<float>(cursor.number()); }
+float fp32(const Cursor& cursor) {
+  const double value = cursor.number();
+  if (std::abs(value) > std::numeric_limits<float>::max()) cursor.refuse("a number that fp32 holds");
+  return static_cast<float>(value);
+}
 
 Portable portable_of(const Cursor& cursor) {
   Portable portable;
@@ -105,8 +111,12 @@ Portable portable_of(const Cursor& cursor) {
 }
 
 std::vector<double> numbers_of(const Cursor& cursor) {
+  constexpr double LARGEST_TIMESTEP = 1e15;  // a whole number in every type that timesteps are fed in
   std::vector<double> numbers;
-  for (const Cursor& value : cursor.items()) numbers.push_back(value.number());
+  for (const Cursor& value : cursor.items()) {
+    numbers.push_back(value.number());
+    if (std::abs(numbers.back()) > LARGEST_TIMESTEP) value.refuse("a timestep");
+  }
   if (numbers.empty() || numbers.size() > MOST_STEPS) cursor.refuse("a schedule");
   return numbers;
 }

@@ -4,10 +4,13 @@
 
 namespace export_engine::detail {
 
-std::string why_no_tensorrt() { return "this library was built without -DEXPORT_ENGINE_TENSORRT=ON"; }
+std::string why_no_tensorrt(const std::string&, int) {
+  return "this library was built without -DEXPORT_ENGINE_TENSORRT=ON";
+}
 
-std::unique_ptr<Session> open_tensorrt(const std::string& plan, const std::string&, const EngineOptions&) {
-  throw Fault(Code::unsupported, plan + ": " + why_no_tensorrt(), "build it with that, or ask for the backend ort");
+std::unique_ptr<Session> open_tensorrt(const std::string& plan, const EngineOptions&) {
+  throw Fault(Code::unsupported, plan + ": " + why_no_tensorrt("", 0),
+              "build it with that, or ask for the backend ort");
 }
 
 }  // namespace export_engine::detail

@@ -49,8 +49,8 @@ struct SessionRequest {
 
 std::unique_ptr<Session> open_ort(const SessionRequest& request);
 
-// Says why TensorRT engines cannot run here, or nothing.
-std::string why_no_tensorrt();
-std::unique_ptr<Session> open_tensorrt(const std::string& plan, const std::string& gpu, const EngineOptions& options);
+// Says why an engine of TensorRT's, built for `gpu` or any, cannot run on a device here, or nothing.
+std::string why_no_tensorrt(const std::string& gpu, int device);
+std::unique_ptr<Session> open_tensorrt(const std::string& plan, const EngineOptions& options);
 
 }  // namespace export_engine::detail

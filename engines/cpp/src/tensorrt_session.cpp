@@ -34,7 +34,8 @@ class Log : public nvinfer1::ILogger {
   [[noreturn]] void fail(const std::string& what) {
     const std::lock_guard<std::mutex> lock(mutex_);
     throw Fault(Code::runtime, what + (last_.empty() ? "" : ": " + last_),
-                "build the engine for this GPU and TensorRT: export-engine build BUNDLE --backend trt --out DIR");
+                "build the engine with this GPU and TensorRT, and bundle it: export-engine bundle RUN --engine ENGINE "
+                "--out DIR");
   }
 
  private:
@@ -116,9 +117,8 @@ void fetch(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
 
 class TensorrtBackend : public Session {
  public:
-  TensorrtBackend(const std::string& plan, const std::string& gpu, int device) : device_(device) {
+  TensorrtBackend(const std::string& plan, int device) : device_(device) {
     check(cudaSetDevice(device_), "the GPU");
-    check_gpu(plan, gpu);
     constexpr std::uint64_t MOST = std::uint64_t{1} << 40;
     const std::string bytes = File(plan).all(MOST);
     runtime_.reset(nvinfer1::createInferRuntime(logger()));
@@ -156,16 +156,6 @@ class TensorrtBackend : public Session {
   }
 
  private:
-  // An engine runs on the kind of GPU that it was built for; TensorRT's own message does not say how to mend it.
-  void check_gpu(const std::string& plan, const std::string& gpu) const {
-    cudaDeviceProp properties{};
-    check(cudaGetDeviceProperties(&properties, device_), "the GPU");
-    const std::string here = "sm" + std::to_string(properties.major) + std::to_string(properties.minor);
-    if (!gpu.empty() && gpu != here)
-      throw Fault(Code::not_found, plan + ": was built for " + gpu + ", and this GPU is " + here,
-                  "build one for it: export-engine build BUNDLE --backend trt --gpu " + here + " --out DIR");
-  }
-
   DType dtype_named(const std::string& name) const {
     for (const TypedName& output : outputs_)
       if (output.name == name) return output.dtype;
@@ -233,15 +223,16 @@ class TensorrtBackend : public Session {
 
 }  // namespace
 
-std::string why_no_tensorrt() {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) return std::string("there is no GPU: ") + cudaGetErrorString(error);
-  return count ? "" : "there is no GPU";
+std::string why_no_tensorrt(const std::string& gpu, int device) {
+  cudaDeviceProp properties{};
+  const cudaError_t error = cudaGetDeviceProperties(&properties, device);
+  if (error != cudaSuccess) return "no GPU " + std::to_string(device) + " here: " + cudaGetErrorString(error);
+  const std::string here = "sm" + std::to_string(properties.major) + std::to_string(properties.minor);
+  return gpu.empty() || gpu == here ? "" : "it was built for " + gpu + ", and this GPU is " + here;
 }
 
-std::unique_ptr<Session> open_tensorrt(const std::string& plan, const std::string& gpu, const EngineOptions& options) {
-  return std::make_unique<TensorrtBackend>(plan, gpu, options.device_id);
+std::unique_ptr<Session> open_tensorrt(const std::string& plan, const EngineOptions& options) {
+  return std::make_unique<TensorrtBackend>(plan, options.device_id);
 }
 
 }  // namespace export_engine::detail
