@@ -137,11 +137,13 @@ def open_bundle(path: Path | str) -> Bundle:
     if not path.is_file():
         return Bundle(_opened(path))
     unpacked = tempfile.TemporaryDirectory(prefix="export-engine-")
+    folder = Path(unpacked.name) / path.stem
     try:
-        folder = Path(unpacked.name) / path.stem
         _unpack(path, folder)
         return Bundle(_opened(folder), unpacked)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, UserError):  # what the user knows is the zip
+            error.what, error.fix = (text.replace(str(folder), str(path)) for text in (error.what, error.fix))
         unpacked.cleanup()
         raise
 
@@ -171,9 +173,9 @@ def _opened(path: Path) -> Artifact:
 def _inconsistent(artifact: Artifact) -> str | None:
     """Returns what of a manifest's own parts do not go together, None if all do."""
     info, files = artifact.manifest["info"], artifact.manifest["files"]
-    faults = [_of_contract(info), _of_sampler(info)]
-    faults += [_of_engine(name, info, files) for name in info["engines"]]
-    faults += [_of_golden(info), None if GOLDEN in files else f"there is no {GOLDEN}"]
+    faults = [_of_contract(info), _of_sampler(info), *(_of_engine(name, info, files) for name in info["engines"])]
+    faults.append(_of_golden(info))
+    faults.append(None if GOLDEN in files else f"there is no {GOLDEN}")
     return next(filter(None, faults), None)
 
 

@@ -364,9 +364,14 @@ def report(folder: Path) -> None:
 @JSON
 def inspect(artifact: Path, as_json: bool) -> None:
     """Check an artifact's files and show what it is and what it was made of."""
-    from engines.artifacts import kind_of, open_artifact
+    from engines import artifacts, bundle
 
-    opened = open_artifact(artifact, kind_of(artifact))
+    whole = artifact.is_file() or artifacts.kind_of(artifact) == bundle.KIND
+    opened = (
+        bundle.open_bundle(artifact).artifact
+        if whole
+        else artifacts.open_artifact(artifact, artifacts.kind_of(artifact))
+    )
     manifest = opened.manifest
     if as_json:
         if manifest["kind"] == "quantized":
@@ -385,6 +390,11 @@ def inspect(artifact: Path, as_json: bool) -> None:
             click.echo(f"  {key.replace('_', ' ')}  {name}: {value}")
     for name, entry in manifest["files"].items():
         click.echo(f"  {entry['bytes']:>12,} bytes  {name}  sha256 {entry['sha256'][:16]}…")
+    if whole:
+        from exporter.verify import contract_lines
+
+        for line in contract_lines(opened.info):
+            click.echo(f"  {line}")
     if manifest["kind"] == "engine":
         from engines.audit import audit
         from exporter import audits, progress

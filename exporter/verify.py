@@ -40,6 +40,24 @@ def _engine_row(bundle: Bundle, name: str) -> Json:
     return {"name": name, "dtype": artifact.info["dtype"], "why_not": reason, "rows": rows}
 
 
+def contract_lines(info: Json) -> Iterable[str]:
+    """Yields what a bundle's engines take and give, in words."""
+    for entry in (*info["inputs"], info["output"]):
+        shape = ", ".join(map(str, entry["shape"]))
+        yield f"{'input' if 'means' in entry else 'output'}  {entry['name']}: {entry['dtype']} [{shape}]" + (
+            f", {entry['means']}" if "means" in entry else ""
+        )
+    for name, axis in info["axes"].items():
+        multiple = f", multiples of {axis['multiple']}" if axis["multiple"] > 1 else ""
+        yield f"axis  {name}: {axis['min']} … {axis['max']}{multiple}"
+    sampler = info["sampler"]
+    guided = f", guidance {sampler['guidance_scale']:g}" if sampler["guided"] else ""
+    portable = "" if sampler["portable"] else f"; in diffusers alone: {sampler['why_not_portable']}"
+    yield f"sampler  {sampler['scheduler'].get('_class_name', '?')}, {sampler['steps']} steps{guided}{portable}"
+    for name, engine in info["engines"].items():
+        yield f"engine  {name}: {engine['dtype']}, {engine['weight_bytes']:,} bytes of weights"
+
+
 def tables(found: Json) -> Iterable[Any]:
     """Yields what a person sees."""
     from rich.table import Table

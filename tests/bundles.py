@@ -79,6 +79,10 @@ def graph_info(step_input=None, dtype="fp32"):
         {"name": "timestep", "dtype": "int64", "shape": ["batch"]},
         {"name": "class_labels", "dtype": "int64", "shape": ["batch"]},
     ]
+    if step_input == "index":
+        inputs.append({"name": "step", "dtype": "int64", "shape": ["batch"]})
+    elif step_input == "row":
+        inputs.append({"name": schedule.ROW, "dtype": "fp32", "shape": ["batch", 2]})
     return {
         "dtype": dtype, "output": "sample", "inputs": inputs, "axes": AXES, "layers": {}, "points": {},
         "timesteps": TIMESTEPS, "fed_timesteps": TIMESTEPS if step_input else None, "step_input": step_input,

@@ -45,3 +45,17 @@ def test_an_engine_that_cannot_run_here_is_named_with_the_reason(cli, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "not run: no NVIDIA GPU" in done.stdout
     assert cli("verify", folder, "--backend", "trt-rtx").returncode == 2
+
+
+def test_inspect_shows_the_contract_of_a_folder_and_of_a_zip(cli, tmp_path):
+    from engines.bundle import pack
+
+    folder = bundles.tiny_bundle(tmp_path / "tiny", guided=True)
+    pack(folder, tmp_path / "tiny.zip")
+    for path in (folder, tmp_path / "tiny.zip"):
+        done = cli("inspect", path)
+        assert done.returncode == 0, done.stderr
+        assert "input  hidden_states: float [batch, 1, 2, width], hidden_states" in done.stdout
+        assert "axis  width: 2 … 8, multiples of 2" in done.stdout
+        assert "3 steps, guidance 2" in done.stdout
+        assert "engine  ort: fp32" in done.stdout
