@@ -201,7 +201,7 @@ def _of_sampler(info: Json) -> str | None:
     if not sampler["latent"]["shape"] or sampler["latent"]["input"] not in names:
         return "the sampler's latent has no shape, or no input"
     portable = sampler["portable"] or {"steps": sampler["timesteps"]}
-    if not len(sampler["timesteps"]) == len(portable["steps"]) == sampler["steps"]:
+    if not len(sampler["timesteps"]) == len(portable["steps"]) == sampler["steps"] >= 1:
         return "the sampler's timesteps are not as many as its steps"
     return None
 

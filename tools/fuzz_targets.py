@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx.external_data_helper import set_external_data
 from safetensors.numpy import save
 
 ROOT = Path(__file__).parent.parent
@@ -81,17 +82,17 @@ ODD: Sequence[Any] = (
 )  # fmt: skip
 
 
-def edited(value: Any, data: bytes, odd: Sequence[Any] = ODD) -> Any:
-    """Returns a copy of a JSON value in which each three bytes replace, or take away, what lies at one place."""
-    found = {"": json.loads(json.dumps(value))}
+def edited(value: dict[str, Any], data: bytes, odd: Sequence[Any] = ODD) -> dict[str, Any]:
+    """Returns a copy of a JSON object in which each three bytes replace, or take away, what lies at one place."""
+    found: dict[str, Any] = json.loads(json.dumps(value))
     for first, second, choice in zip(data[0::3], data[1::3], data[2::3], strict=False):
         places = list(_places(found))
-        owner, key = places[(first << 8 | second) % len(places)]
+        owner, key = places[(first << 8 | second) % len(places)] if places else (found, "")
         if choice % (len(odd) + 1) < len(odd):
             owner[key] = json.loads(json.dumps(odd[choice % (len(odd) + 1)]))
-        elif owner is not found:
+        elif places:
             del owner[key]
-    return found[""]
+    return found
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -110,7 +111,7 @@ def manifest(place: Place, data: bytes) -> None:
         path.write_bytes(data.replace(NO_DIGEST.encode(), own) if data.count(NO_DIGEST.encode()) == 1 else data)
     else:
         found = edited({key: value for key, value in place.manifest.items() if key != "info"}, data)
-        artifacts.seal(path, {"info": place.manifest["info"], **(found if isinstance(found, dict) else {})})
+        artifacts.seal(path, {"info": place.manifest["info"]} | found)
     artifacts.open_artifact(place.bundle, artifacts.kind_of(place.bundle))
     open_bundle(place.bundle)
 
@@ -124,6 +125,8 @@ def info(place: Place, data: bytes) -> None:
     engine = loading.load(place.bundle, threads=1)
     _refused_or(engine.self_test)
     fed = {entry["name"]: _zeros(engine, entry["shape"], entry["dtype"]) for entry in engine.inputs}
+    if "timestep" in fed:
+        fed["timestep"][:] = engine.sampler["timesteps"][0]
     _refused_or(lambda: engine.run(fed))
     noise = _zeros(engine, ["batch", *engine.sampler["latent"]["shape"]], "fp32")
     rows = {name: fed[name] for name in fed.keys() - {"timestep", "step", engine.sampler["latent"]["input"]}}
@@ -191,6 +194,7 @@ def step_table(place: Place, data: bytes) -> None:
 def onnx(place: Place, data: bytes) -> None:
     """The bytes are a graph: its external data, functions, codebooks and INT4 weights are looked at as a build does."""
     path = place.written("fuzz.onnx", data)
+    place.written("fuzz.onnx.data", bytes(64))
     external_data.check(path, ["fuzz.onnx", "fuzz.onnx.data"])
     for decode in ("run", "load"):
         _refused_or(lambda decode=decode: _widened(_codebooks.rewrite(path, decode)))
@@ -235,11 +239,10 @@ SHIPPED = {file.stem: tomllib.loads(file.read_text()) for file in sorted(RECIPES
 def rules(place: Place, data: bytes) -> None:
     """The bytes change a shipped recipe, which the first of them chooses."""
     source = list(SHIPPED.values())[data[0] % len(SHIPPED)] if data else {}
-    found = edited(source, data[1:], WORDS)
-    assert parse_recipe("fuzz", found if isinstance(found, dict) else {}).digest
+    assert parse_recipe("fuzz", edited(source, data[1:], WORDS)).digest
 
 
-SIZES = (*(value for value in ODD if not isinstance(value, int) or value < 16), "DDIMScheduler", "silu", 1000)
+SIZES = (*(value for value in ODD if not isinstance(value, int) or value < 16), "DDIMScheduler", "silu")
 
 
 def checkpoint(place: Place, data: bytes) -> None:
@@ -249,8 +252,9 @@ def checkpoint(place: Place, data: bytes) -> None:
         "sampler.json": {"steps": 2, "guidance_scale": 1.5, "pixels": True, "task": "digits", "prompts": "p.txt"},
         "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000},
     }
-    for name, value in edited(files, data[1:], SIZES).items():
-        place.written(f"model/{name}", json.dumps(value).encode())
+    found = edited(files, data[1:], SIZES)
+    for name in files:
+        place.written(f"model/{name}", json.dumps(found[name] if name in found else {}).encode())
     opened = open_checkpoint(f"random:{place.path / 'model'}")
     _refused_or(lambda: scheduler_for(opened))
     _refused_or(lambda: (opened.skeleton(), opened.family.inputs(), opened.family.output(), opened.family.axes()))
@@ -300,6 +304,10 @@ def _graphs(place: Place) -> dict[str, bytes]:
         name: codebooks.layer_graph(*codebooks.random_weight(4, 16, fmt)[:2], scale=np.ones(4, np.float32))
         for name, fmt in formats.items()
     }
+    made["outside"] = codebooks.layer_graph(*codebooks.random_weight(4, 16, formats["nibbles"])[:2])
+    codes = made["outside"].graph.initializer[0]
+    set_external_data(codes, "fuzz.onnx.data", length=len(codes.raw_data))
+    codes.ClearField("raw_data")
     return {"plain": bundles.network().SerializeToString()} | {n: m.SerializeToString() for n, m in made.items()}
 
 
