@@ -300,11 +300,11 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
         raise UserError(f"{path}: holds no {MANIFEST}", fix="give what `bundle --zip` wrote")
     total, twice = sum(entry.file_size for entry in entries), len(set(names)) < len(names)
     for entry in entries:
-        plain = stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG) and not entry.is_dir()
+        plain = stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG) and entry.filename[-1:] not in ("", "/")
         stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
         if not plain or not stored or entry.flag_bits & 1 or twice:
             raise UserError(
-                f"{path}: {entry.filename!r} is a folder, a link, packed or locked, or names occur twice",
+                f"{path}: {entry.filename!r} is a folder, a link, packed or locked, has no name, or names occur twice",
                 fix="do not use this file: it was damaged or tampered with; get it, or make it, again",
             )
         if entry.filename == MANIFEST and entry.file_size > MAX_MANIFEST_BYTES:

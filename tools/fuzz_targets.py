@@ -246,7 +246,7 @@ SIZES = (*(value for value in ODD if not isinstance(value, int) or value < 16), 
 
 
 def checkpoint(place: Place, data: bytes) -> None:
-    """The bytes change a model's config.json, sampler.json and scheduler, of a family that the first of them chooses."""
+    """The bytes change a model's config, sampler.json and scheduler, of a family that the first of them chooses."""
     files = {
         "config.json": list(common.FAMILIES.values())[data[0] % len(common.FAMILIES)] if data else common.TINY,
         "sampler.json": {"steps": 2, "guidance_scale": 1.5, "pixels": True, "task": "digits", "prompts": "p.txt"},
@@ -254,7 +254,7 @@ def checkpoint(place: Place, data: bytes) -> None:
     }
     found = edited(files, data[1:], SIZES)
     for name in files:
-        place.written(f"model/{name}", json.dumps(found[name] if name in found else {}).encode())
+        place.written(f"model/{name}", json.dumps(found.get(name, {})).encode())
     opened = open_checkpoint(f"random:{place.path / 'model'}")
     _refused_or(lambda: scheduler_for(opened))
     _refused_or(lambda: (opened.skeleton(), opened.family.inputs(), opened.family.output(), opened.family.axes()))

@@ -83,7 +83,8 @@ class _Graph:
     def function(self, node: onnx.NodeProto) -> onnx.FunctionProto:
         """Returns the body of a node of ours, which takes codes and their table."""
         key = (node.domain, node.op_type, node.overload)
-        found = next((f for f in self.model.functions if (f.domain, f.name, f.overload) == key), None)
+        functions: list[onnx.FunctionProto] = list(self.model.functions)
+        found = next((f for f in functions if (f.domain, f.name, f.overload) == key), None)
         if found is None or {len(found.input), len(node.input)} != {2} or {len(found.output), len(node.output)} != {1}:
             raise UserError(f"{self.path}: {node.name}: lacks a body that takes codes and a table", fix=FOREIGN)
         return found

@@ -49,6 +49,7 @@ def test_a_weight_outside_the_graphs_files_is_refused(root, place):
 
 
 def test_weights_in_the_graphs_own_file_are_let_pass(root):
+    (root / "model.onnx.data").write_bytes(np.float32(0.5).tobytes())
     onnx.save(reaching("model.onnx.data"), root / "model.onnx")
     external_data.check(root / "model.onnx", ["model.onnx", "model.onnx.data"])
 
