@@ -1,6 +1,7 @@
 """What runs without torch: bundles, artifacts, engine backends and their runners. An application embeds this package.
 
-`engines.load("bundle/")` is the way in.
+`engines.load("bundle/")` is the way in, and `engines.load_pipeline("bundle/")` to a pipeline that draws from captions.
+Into a pipeline of diffusers it is `engines.diffusers.denoiser("bundle/")`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engines.errors import UserError
     from engines.loading import Engine, load
+    from engines.pipeline import Pipeline, load_pipeline
 
-__all__ = ["Engine", "UserError", "load"]
+__all__ = ["Engine", "Pipeline", "UserError", "load", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,8 +22,16 @@ def __getattr__(name: str) -> Any:
         from engines import loading
 
         return getattr(loading, name)
+    if name in ("Pipeline", "load_pipeline"):
+        from engines import pipeline
+
+        return getattr(pipeline, name)
     if name == "UserError":
         from engines.errors import UserError
 
         return UserError
+    if name == "diffusers":
+        import importlib
+
+        return importlib.import_module("engines.diffusers")
     raise AttributeError(f"module 'engines' has no attribute {name!r}")

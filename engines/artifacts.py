@@ -116,26 +116,25 @@ def write_json(path: Path, value: object) -> None:
         os.replace(temporary, path)
 
 
-def read_json(path: Path) -> Json:
-    """Reads a JSON object; a missing, oversized or malformed file is the user's error."""
+def read_json(path: Path, *, fix: str = "mend it, or restore the file as it was") -> Json:
+    """Reads a JSON object; a missing, oversized or malformed file is the user's error, `fix` how to mend the last."""
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise UserError(
-                f"{path}: {path.stat().st_size} bytes, more than {MAX_MANIFEST_BYTES}", fix="this is no JSON of ours"
+                f"{path}: {path.stat().st_size} bytes, more than {MAX_MANIFEST_BYTES}",
+                fix="check that this is the file you mean",
             )
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file", fix="check the path, or make the artifact again") from error
+        raise UserError(f"{path}: no such file", fix="check the path") from error
     except (ValueError, RecursionError) as error:  # a JSONDecodeError or UnicodeDecodeError is a ValueError
-        raise UserError(
-            f"{path}: not valid JSON ({error})", fix="restore the file or make the artifact again"
-        ) from error
+        raise UserError(f"{path}: not valid JSON ({error})", fix=fix) from error
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror})", fix="check the path and its permissions"
         ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, not an object", fix="make the artifact again")
+        raise UserError(f"{path}: holds a {type(value).__name__}, not an object", fix=fix)
     return value
 
 
@@ -175,14 +174,29 @@ def open_artifact(path: Path, kind: str) -> Artifact:
 
 def kind_of(path: Path) -> str:
     """Returns the kind of the artifact at `path`."""
-    if not (path / MANIFEST).is_file() and (parts := sorted(path.glob(f"**/{MANIFEST}"))):
-        names = ", ".join(part.parent.relative_to(path).as_posix() for part in parts[:8])
-        raise UserError(f"{path}: is a folder of artifacts, not one", fix=f"name one of them: {names}")
+    if not (path / MANIFEST).is_file():
+        raise _no_artifact(path)
     return str(_read(path).manifest["kind"])
 
 
+def _no_artifact(path: Path) -> UserError:
+    """Returns the error for a path where no artifact lies; it names those that lie beneath."""
+    parts: list[Path] = []
+    with contextlib.suppress(OSError):  # what may not be read, or goes meanwhile, is nothing to name
+        parts = sorted([*path.glob(f"*/{MANIFEST}"), *path.glob(f"*/*/{MANIFEST}")])  # as deep as a run's lie
+    if parts:
+        names = ", ".join(part.parent.relative_to(path).as_posix() for part in parts[:8])
+        return UserError(f"{path}: is a folder of artifacts, not one", fix=f"name one of them: {names}")
+    why = f"it holds no {MANIFEST}" if path.is_dir() else "it is a file" if path.exists() else "no such folder"
+    return UserError(
+        f"{path}: is no artifact: {why}",
+        fix="give the folder of a calibration set, quantized model, graph or engine, e.g. RUN/quantized: a stage left "
+        f"{MANIFEST} in it",
+    )
+
+
 def _read(path: Path) -> Artifact:
-    manifest = read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST, fix=f"delete {path} and make it again")
     missing = {"schema_version", "kind", "digest", "made_from", "files", "info"} - manifest.keys()
     if missing:
         raise UserError(f"{path / MANIFEST}: lacks {', '.join(sorted(missing))}", fix="make the artifact again")
@@ -303,6 +317,17 @@ def refuse_beneath_file(path: Path) -> None:
         if place.exists() and not place.is_dir():
             where = "it is a file" if place == path else f"{place} is a file, so nothing can lie beneath it"
             raise UserError(f"{path}: cannot be a folder: {where}", fix="choose another --out, or move the file away")
+
+
+def refuse_no_folder(path: Path) -> None:
+    """Refuses a file whose folder is not there: where one of many is meant, a new folder would hide a mistyped name."""
+    if not path.parent.is_dir():
+        missing = next(place for place in reversed(path.parents) if not place.is_dir())
+        if missing.exists():
+            raise UserError(f"{path}: {missing} is a file, so nothing can lie beneath it", fix="check the path")
+        raise UserError(
+            f"{path}: there is no folder {missing}", fix=f"check the path, or make the folder: mkdir -p {path.parent}"
+        )
 
 
 def refuse_foreign(path: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,17 @@ _GRAPH: Json = {
     "layers": Each({"weight": Maybe(str), "activation": Maybe(str)}, dict), "weight_bytes": int,
     "module_bytes": Each(int, dict),
 }  # fmt: skip
+_TOKENIZER: Json = {
+    "tokenizer": str, "tokens": int, "pad": Maybe(int), "bos": Maybe(int), "eos": Maybe(int), "input": str
+}  # fmt: skip
+_TEXT: Json = {
+    **_TOKENIZER, "more": Each(_TOKENIZER, list), "encoders": Each(str, dict), "outputs": Each(str, dict),
+    "unwanted": str, "limits_db": Each(NUMBER, dict),
+}  # fmt: skip
+_VAE: Json = {
+    "decoders": Each(str, dict), "input": str, "output": str, "scaling_factor": NUMBER, "shift_factor": NUMBER,
+    "limits_db": Each(NUMBER, dict),
+}  # fmt: skip
 SHAPE: Json = {
     "model": {"name": str, "class": str, "config": dict, "parameters": int},
     "recipe": {"name": str, "digest": str},
@@ -75,7 +87,7 @@ SHAPE: Json = {
         "limits_db": Each(Each(NUMBER, dict), dict),
         "picture": Maybe({"runner": str, "count": int, "limits_db": Each(NUMBER, dict), "peak": NUMBER}),
     },
-    "pipeline": Maybe(dict),
+    "pipeline": Maybe({"text": _TEXT, "vae": Maybe(_VAE), "constants": Each(Each(NUMBER, list), dict)}),
     "checks": Each(dict, list),
     "scores": dict,
 }  # fmt: skip
@@ -174,7 +186,7 @@ def _inconsistent(artifact: Artifact) -> str | None:
     """Returns what of a manifest's own parts do not go together, None if all do."""
     info, files = artifact.manifest["info"], artifact.manifest["files"]
     faults = [_of_contract(info), _of_sampler(info), *(_of_engine(name, info, files) for name in info["engines"])]
-    faults.append(_of_golden(info))
+    faults += [_of_golden(info), _of_pipeline(info, files)]
     faults.append(None if GOLDEN in files else f"there is no {GOLDEN}")
     return next(filter(None, faults), None)
 
@@ -234,6 +246,24 @@ def _of_engine(name: str, info: Json, files: Json) -> str | None:
     if given != {entry["name"] for entry in info["inputs"]} or graph["output"] != info["output"]["name"]:
         return f"engine {name!r} and the bundle differ in their inputs or outputs"
     return None
+
+
+def _of_pipeline(info: Json, files: Collection[str]) -> str | None:
+    """Every engine needs graphs of its float type, or fp32's; what captions give, the denoiser must take."""
+    if info["pipeline"] is None:
+        return None
+    text, decoding, names = info["pipeline"]["text"], info["pipeline"]["vae"], {one["name"] for one in info["inputs"]}
+    for what, part in (("encoders", text), ("decoders", decoding)):
+        held = part[what].keys() & part["limits_db"].keys() if part else {"fp32"}
+        if lacking := [one["dtype"] for one in info["engines"].values() if not held & {one["dtype"], "fp32"}]:
+            return f"its pipeline has no {what} for a {lacking[0]} engine"
+    fed = {*text["outputs"].values(), *info["pipeline"]["constants"]}
+    if other := sorted(fed - names):
+        return f"its pipeline gives {other[0]!r}, which is no input"
+    tokenizers = [entry["tokenizer"] for entry in (text, *text["more"])]
+    graphs = [*text["encoders"].values(), *(decoding["decoders"].values() if decoding else ())]
+    missing = [name for name in (*tokenizers, *graphs) if name not in files]
+    return f"its pipeline's {missing[0]} is not there" if missing else None
 
 
 def pack(folder: Path, path: Path) -> None:

@@ -15,6 +15,7 @@ from engines.artifacts import Artifact, Json
 from engines.bundle import Bundle, open_bundle
 from engines.contract import Contract
 from engines.errors import UserError
+from engines.runner import Runner
 
 FASTEST_FIRST = ("trt", "trt-rtx", "ort")
 
@@ -22,7 +23,9 @@ FASTEST_FIRST = ("trt", "trt-rtx", "ort")
 class Engine:
     """An engine of a bundle, opened: call it with named arrays. Calls from several threads at once are served."""
 
-    def __init__(self, bundle: Bundle, name: str, artifact: Artifact, threads: int) -> None:
+    def __init__(
+        self, bundle: Bundle, name: str, artifact: Artifact, threads: int = 0, *, runner: Runner | None = None
+    ) -> None:
         info = bundle.info
         self.bundle, self.name, self.artifact = bundle, name, artifact
         self.inputs: list[Json] = info["inputs"]
@@ -30,14 +33,15 @@ class Engine:
         self.axes: dict[str, Json] = info["axes"]
         self.sampler: Json = info["sampler"]
         self._contract = Contract(name, self.inputs, self.axes)
-        self._runner = backends.open_runner(artifact, threads)
+        self._runner: Any = runner or backends.open_runner(artifact, threads)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         """Returns the output by name, fp32; `feeds` are arrays by name, of numpy or by DLPack, on the CPU.
 
         `step`, each row's position in the schedule, is needed where the engine has scales for every step.
         """
-        return self._runner.run(self._contract.checked(feeds))
+        found: dict[str, NDArray[np.float32]] = self._runner.run(self._contract.checked(feeds))
+        return found
 
     def __call__(self, **feeds: Any) -> NDArray[np.float32]:
         """Returns the output itself."""

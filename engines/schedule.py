@@ -46,6 +46,26 @@ def steps_of(graph: Json, timesteps: Sequence[float], *, nearest: bool = False) 
     )
 
 
+def steps_at(graph: Json, timesteps: Any, *, nearest: bool = False, tolerance: float = TOLERANCE) -> list[int]:
+    """Returns the `step` to feed with each of some timesteps, which are in the model's own unit: the calibrated one.
+
+    For callers who see one call at a time, and not the schedule. A timestep that is not calibrated is an error, unless
+    the `nearest` is wanted; `tolerance` is relative to the largest. Of steps at the same timestep it is the first.
+    """
+    own = np.asarray(graph["fed_timesteps"], dtype=np.float64)
+    asked = np.asarray(timesteps, dtype=np.float64).reshape(-1)
+    apart = np.abs(own[None] - asked[:, None])
+    off = apart.min(axis=1, initial=np.inf) > tolerance * np.abs(own).max(initial=1e-6)
+    if off.any() and not nearest:
+        raise UserError(
+            f"timestep {asked[off][0]:g} is none of those that the engine's activations have scales for: {len(own)} "
+            f"steps, {_ends(own)}",
+            fix=f"sample with the scheduler and the {len(own)} steps that it was calibrated for (num_inference_steps="
+            f"{len(own)}), or take the nearest calibrated step for each: nearest=True",
+        )
+    return [int(step) for step in apart.argmin(axis=1)]
+
+
 def _ends(timesteps: NDArray[np.float64]) -> str:
     return f"timesteps {timesteps[0]:g} … {timesteps[-1]:g}" if len(timesteps) else "no timesteps"
 
@@ -76,6 +96,7 @@ class _Stepped:
         self.name = runner.name
         self._runner, self._steps, self._table = runner, len(timesteps), table
         self._timesteps = np.asarray(timesteps, dtype=np.float64)  # what the model is fed at each step
+        self._slack = TOLERANCE * max(1e-6, float(np.abs(self._timesteps).max(initial=0.0)))
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         return self._runner.run(self._with_step(feeds))
@@ -97,7 +118,7 @@ class _Stepped:
                 f"{self.name}: step {bad}, and activations have scales for the steps 0 … {self._steps - 1}",
                 fix="feed the position in the schedule that the engine was calibrated for (engines.schedule.steps_of)",
             )
-        self._check_schedule(np.asarray(feeds["timestep"], dtype=np.float64), step)
+        self._check_schedule(np.asarray(feeds["timestep"], dtype=np.float64).ravel(), step.ravel())
         fed: dict[str, Any] = dict(feeds)
         if self._table is not None:
             fed[ROW] = self._table[step]
@@ -105,14 +126,15 @@ class _Stepped:
 
     def _check_schedule(self, timesteps: NDArray[np.float64], steps: NDArray[Any]) -> None:
         """Raises a UserError where a row's step is not the calibrated one that is nearest to its timestep."""
-        apart = np.abs(self._timesteps[None] - timesteps.reshape(-1, 1))
-        slack = TOLERANCE * max(1e-6, float(np.abs(self._timesteps).max(initial=0.0)))
-        wrong = apart[np.arange(len(apart)), steps.ravel()] > apart.min(axis=1, initial=np.inf) + slack
+        if (np.abs(self._timesteps[steps] - timesteps) <= self._slack).all():
+            return
+        apart = np.abs(self._timesteps[None] - timesteps[:, None])
+        wrong = apart[np.arange(len(apart)), steps] > apart.min(axis=1, initial=np.inf) + self._slack
         if wrong.any():
             row = int(wrong.argmax())
-            step = int(steps.ravel()[row])
+            step = int(steps[row])
             raise UserError(
-                f"{self.name}: timestep {timesteps.ravel()[row]:g} at step {step}, whose scales are for timestep "
+                f"{self.name}: timestep {timesteps[row]:g} at step {step}, whose scales are for timestep "
                 f"{self._timesteps[step]:g}: another schedule than the {self._steps} steps it was calibrated for",
                 fix="sample with those, or feed the step that is nearest to each timestep: "
                 "engines.schedule.steps_of(graph, timesteps, nearest=True)",

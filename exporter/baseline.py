@@ -17,6 +17,7 @@ from exporter.run_folder import REPORT, Run
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 20  # 256 images take 13 KB
 DIGITS = 6  # of a stored score: SSIM's last one is a thousandth of any limit that makes sense
+FIX = "restore it from version control, or remove it and use --update"
 SCORES, TASK = ("psnr_db", "ssim", "cosine"), "task_score"
 
 
@@ -152,8 +153,7 @@ def write(found: Measured, path: Path) -> None:
     """Writes a baseline whole or not at all."""
     content = {"schema_version": SCHEMA_VERSION, "kind": "baseline", **asdict(found)}
     with artifacts.writing_errors(path):
-        artifacts.refuse_beneath_file(path.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.refuse_no_folder(path)
     artifacts.write_json(path, content)
 
 
@@ -168,7 +168,7 @@ def read(path: Path) -> Measured:
         raise UserError(
             f"{path}: {path.stat().st_size} bytes, more than {MAX_BYTES}", fix="this is no baseline of ours"
         )
-    content = artifacts.read_json(path)
+    content = artifacts.read_json(path, fix=FIX)
     version = content.pop("schema_version", None)
     if content.pop("kind", None) != "baseline" or not isinstance(version, int):
         raise UserError(f"{path}: is no baseline", fix="give the file that check --update wrote")
@@ -181,7 +181,7 @@ def read(path: Path) -> Measured:
 
 
 def _parse(content: Json, path: Path) -> Measured:
-    malformed = UserError(f"{path}: malformed", fix="restore it from version control, or remove it and use --update")
+    malformed = UserError(f"{path}: malformed", fix=FIX)
     if content.keys() != Measured.__dataclass_fields__.keys():
         raise malformed
     kinds: Mapping[str, type] = {

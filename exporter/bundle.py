@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from calib_data.tensors import save_tensors
 from engines import artifacts, schedule
 from engines.artifacts import Artifact, Json, Request
 from engines.backends import ort
-from engines.bundle import FORMAT_VERSION, GOLDEN, KIND, open_bundle, pack
+from engines.bundle import FORMAT_VERSION, GOLDEN, KIND, Bundle, open_bundle, pack
 from engines.contract import STEP
 from engines.errors import UserError
 from engines.loading import with_versions
@@ -28,6 +29,7 @@ from exporter.conditions import Conditions, validation_entries
 from exporter.images import SEED_OFFSET, SHOWN
 from exporter.metrics import sqnr_db
 from exporter.models import TensorSpec
+from exporter.pipeline import vae_digest, write_pipeline
 from exporter.portable import portable
 from exporter.quantize import RECIPE, reference_feeds, reference_steps
 from exporter.run_folder import REPORT, Run, open_run
@@ -68,8 +70,11 @@ def bundle(folder: Path, out: Path, *, engines: Sequence[Path] = (), failed: boo
     report = _report(folder, run, failed)
     built = _engines(run, engines)
     made_from = {"quantized": run.quantized.digest} | {f"engine {name}": one.digest for name, one in built.items()}
-    settings = {"report": artifacts.digest_json([report["checks"], report["accuracy"]["images"]])}
-    request = Request(KIND, made_from, settings, versions("torch", "diffusers"))
+    settings = {
+        "report": artifacts.digest_json([report["checks"], report["accuracy"]["images"]]),
+        "vae": vae_digest(checkpoint),
+    }
+    request = Request(KIND, made_from, settings, versions("torch", "diffusers", "transformers", "tokenizers"))
     if (made := artifacts.current(out, request)) is not None:
         return made
     with artifacts.drafting(out, request) as draft:
@@ -77,7 +82,7 @@ def bundle(folder: Path, out: Path, *, engines: Sequence[Path] = (), failed: boo
         draft.info = _info(checkpoint, run, report)
         draft.info["graphs"] = _place_graphs(run, built, draft.path)
         draft.info["engines"] = {name: _place_engine(name, one, draft.path) for name, one in built.items()}
-        draft.info["golden"] = _write_golden(checkpoint, run, report, folder, draft.path / GOLDEN)
+        draft.info["golden"], draft.info["pipeline"] = _write_golden(checkpoint, run, report, folder, draft.path)
         _place_texts(checkpoint, run, draft.path)
     return open_bundle(out).artifact
 
@@ -135,7 +140,6 @@ def _info(checkpoint: Checkpoint, run: Run, report: Json) -> Json:
         "output": {"name": output.name, "dtype": output.dtype, "shape": list(output.shape)},
         "axes": graph["axes"],
         "sampler": _sampler(checkpoint),
-        "pipeline": None,
         "checks": report["checks"],
         "scores": _scores(report["accuracy"]["images"]),
     }
@@ -217,8 +221,11 @@ def _copy(artifact: Artifact, names: Sequence[str], folder: Path) -> None:
         ort.link_or_copy(artifact.file(name), target)
 
 
-def _write_golden(checkpoint: Checkpoint, run: Run, report: Json, folder: Path, path: Path) -> Json:
-    """Writes recorded feeds and outputs, and whole samples; returns what of them an engine must give."""
+def _write_golden(checkpoint: Checkpoint, run: Run, report: Json, folder: Path, root: Path) -> tuple[Json, Json | None]:
+    """Writes recorded feeds and outputs, whole samples, and the rest of a pipeline, if the model is part of one.
+
+    Returns what of the recorded an engine must give, and what there is of the pipeline.
+    """
     reference = load_file(run.quantized.file(quantized.REFERENCE))
     steps = reference_steps(reference)
     tensors = {
@@ -226,10 +233,12 @@ def _write_golden(checkpoint: Checkpoint, run: Run, report: Json, folder: Path, 
     }
     tensors |= {f"{step}/expected": reference[f"{step}/quantized"] for step in steps}
     limits = {dtype: {str(s): _limit_db(reference, s, dtype, report) for s in steps} for dtype in run.graphs}
-    picture, recorded = _pictures(checkpoint, run, report, folder, limits)
-    save_tensors({name: value.contiguous() for name, value in (tensors | recorded).items()}, path)
-    path.chmod(0o644)  # as the other files: bundles are handed on
-    return {"steps": steps, "limits_db": limits, "picture": picture}
+    picture, recorded, captions = _pictures(checkpoint, run, report, folder, limits)
+    pipeline, drawn = write_pipeline(checkpoint, captions, recorded["latent"], list(run.graphs), root)
+    tensors |= {f"picture/{name}": value for name, value in (recorded | drawn).items()}
+    save_tensors({name: value.contiguous() for name, value in tensors.items()}, root / GOLDEN)
+    (root / GOLDEN).chmod(0o644)  # as the other files: bundles are handed on
+    return {"steps": steps, "limits_db": limits, "picture": picture}, pipeline
 
 
 def _limit_db(reference: Any, step: int, dtype: str, report: Json) -> float:
@@ -246,8 +255,8 @@ def _limit_db(reference: Any, step: int, dtype: str, report: Json) -> float:
 
 def _pictures(
     checkpoint: Checkpoint, run: Run, report: Json, folder: Path, limits: dict[str, dict[str, float]]
-) -> tuple[Json, dict[str, torch.Tensor]]:
-    """Returns the first samples that the report judged: their noise, conditions and finished latents."""
+) -> tuple[Json, dict[str, torch.Tensor], list[str]]:
+    """Returns the first samples that the report judged: their noise, conditions and finished latents, and captions."""
     runner, family = report["accuracy"]["images"]["runner"], checkpoint.family
     shown = load_file(folder / SHOWN)[runner]
     count = min(PICTURES, len(shown))
@@ -265,7 +274,7 @@ def _pictures(
     peak = 2.0 if checkpoint.in_pixels else float(shown.max() - shown.min())
     least = {dtype: min(PICTURE_DB, *by_step.values()) for dtype, by_step in limits.items()}
     picture = {"runner": runner, "count": count, "limits_db": least, "peak": peak}
-    return picture, {f"picture/{name}": value for name, value in recorded.items()}
+    return picture, recorded, conditions.asked(indices)
 
 
 def _place_texts(checkpoint: Checkpoint, run: Run, root: Path) -> None:
@@ -286,3 +295,17 @@ def bundle_zip(folder: Path, out: Path, *, engines: Sequence[Path] = (), failed:
         made = bundle(folder, Path(place) / out.stem, engines=engines, failed=failed)
         pack(made.path, out)
         return Artifact(out, made.manifest)
+
+
+@contextlib.contextmanager
+def opened(
+    folder: Path, out: Path | None, *, near: Path, engines: Sequence[Path] = (), failed: bool = False
+) -> Iterator[Bundle]:
+    """Yields the bundle at `out`; without one, a run's, in a temporary folder beside `near`."""
+    if out is not None:
+        yield open_bundle(out)
+        return
+    near.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=near.parent, prefix=".bundle-") as place:
+        bundle(folder, Path(place) / "bundle", engines=engines, failed=failed)
+        yield open_bundle(Path(place) / "bundle")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engines.artifacts import Json, read_json
 from engines.errors import UserError
-from exporter import baseline, gate, run_folder
+from exporter import baseline, gate, progress, run_folder
 from exporter.baseline import Measured
 from exporter.gate import Row
 from exporter.losses import NOT_ENOUGH, PASS
@@ -22,7 +22,7 @@ class Checked:
 
     new: Measured
     verdict: str
-    level: float
+    limits: Thresholds
     pairs: bool
     rows: Sequence[Row]
     checks: Sequence[Json]
@@ -41,7 +41,8 @@ class Checked:
         return {
             "verdict": self.verdict,
             "passed": self.passed,
-            "false_alarm": self.level,
+            "thresholds": self.limits.source,
+            "false_alarm": self.limits.false_alarm,
             "paired": self.pairs,
             "images": self.new.images,
             "scores": [row.to_json() for row in self.rows],
@@ -60,7 +61,7 @@ def check(folder: Path, path: Path, limits: Thresholds, *, other_recipe: bool = 
     verdict = gate.overall(rows, failed(checks))
     notes = [*_pairing(old, new), *(f"not judged: {one}" for one in gate.not_judged(old, new, limits))]
     pairs, changes = gate.paired(old, new), baseline.changes(old, new)
-    return Checked(new, verdict, limits.false_alarm, pairs, rows, checks, changes, notes)
+    return Checked(new, verdict, limits, pairs, rows, checks, changes, notes)
 
 
 def opened(folder: Path) -> tuple[Measured, list[Json]]:
@@ -69,7 +70,7 @@ def opened(folder: Path) -> tuple[Measured, list[Json]]:
     again = f"validate again: export-engine validate {folder}"
     if not (folder / REPORT).is_file():
         raise UserError(f"{folder}: has no {REPORT}", fix=again)
-    report = read_json(folder / REPORT)
+    report = read_json(folder / REPORT, fix=f"remove it and {again}")
     try:
         checks = [{key: one[key] for key in ("name", "value", "unit", "limit", "passed")} for one in report["checks"]]
         return baseline.measured(folder, run, report), checks
@@ -130,11 +131,13 @@ class Updated:
     path: Path
     rows: Sequence[tuple[str, str, str]]
     refusals: Sequence[str]  # why it was not
+    warnings: Sequence[str]
 
     def to_json(self) -> Json:
         keys = ("what", "before", "now")
         rows = [dict(zip(keys, row, strict=True)) for row in self.rows]
-        return {"baseline": str(self.path), "updated": not self.refusals, "refused": list(self.refusals), "new": rows}
+        found = {"baseline": str(self.path), "updated": not self.refusals, "refused": list(self.refusals), "new": rows}
+        return found | {"warnings": list(self.warnings)}
 
 
 def update(folder: Path, path: Path, limits: Thresholds, *, other_recipe: bool = False) -> Updated:
@@ -146,9 +149,13 @@ def update(folder: Path, path: Path, limits: Thresholds, *, other_recipe: bool =
     refusals = [f"failed check: {one}" for one in failed(checks)]
     if new.images < limits.samples:
         refusals.append(f"{NOT_ENOUGH}: {new.images} images, it takes {limits.samples} or more")
-    if not refusals:
-        baseline.write(new, path)
-    return Updated(path, new_rows(old, new), refusals)
+    if refusals:
+        return Updated(path, new_rows(old, new), refusals, [])
+    baseline.write(new, path)
+    warnings = gate.undecided_times(new, limits)
+    for one in warnings:
+        progress.note(f"warning: {one}")
+    return Updated(path, new_rows(old, new), refusals, warnings)
 
 
 def new_rows(old: Measured | None, new: Measured) -> list[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from engines.artifacts import refuse_beneath_file, writing_errors
+from engines.artifacts import refuse_no_folder, writing_errors
 from exporter import progress
 from exporter.check import Checked, Updated
 from exporter.gate import Row
@@ -17,13 +17,13 @@ HEADERS = ("score", "baseline", "now", "lost", "low … high", "limit", "noise",
 
 
 def print_checked(found: Checked) -> None:
-    """Prints a check as a table, notes and a last line with the verdict, on stdout."""
+    """Prints a check as a table, notes, what decided it, and a last line with the verdict, on stdout."""
     from rich.table import Table
 
     console = progress.stdout()
     table = Table(
         title=f"{found.new.model}, recipe {found.new.recipe}, against the baseline: {found.new.images} images, "
-        f"{'paired' if found.pairs else 'not paired'}; false alarms of the gate: {found.level:.0%} at most"
+        f"{'paired' if found.pairs else 'not paired'}; false alarms of the gate: {found.limits.false_alarm:.0%} at most"
     )
     for header in HEADERS:
         table.add_column(header, justify="left" if header in ("score", "verdict") else "right")
@@ -32,7 +32,8 @@ def print_checked(found: Checked) -> None:
     console.print(table)
     console.print("noise: standard error between two runs of other noise; detects: the loss that fails 9 times in 10")
     changed = "; ".join(found.changes) or "nothing"
-    for line in (f"changed since the baseline: {changed}", *found.notes):
+    judged_by = f"thresholds: {found.limits.source}"
+    for line in (judged_by, f"changed since the baseline: {changed}", *found.notes, *reasons(found)):
         console.print(line, soft_wrap=True, markup=False)
     console.print(verdict_line(found), soft_wrap=True, markup=False, style=COLOURS[found.verdict])
 
@@ -47,14 +48,20 @@ def _cells(row: Row) -> tuple[str, ...]:
     return row.name, *values, lost, interval, limit, noise, detects, f"[{COLOURS[row.verdict]}]{row.verdict}[/]"
 
 
+def reasons(found: Checked) -> list[str]:
+    """Returns a line for everything that did not pass: by how much, and what would tell."""
+    rows = [f"{row.verdict}: {row.name}: {row.message}" for row in found.rows if row.verdict != PASS]
+    return rows + [f"{FAIL}: the report's check {one}" for one in found.failed_checks]
+
+
 def verdict_line(found: Checked) -> str:
-    """Returns the verdict in one line, with what decided it."""
+    """Returns the verdict in one line, with the names of what decided it."""
     if found.verdict == PASS:
         return f"check: {PASS}: {len(found.rows)} of {len(found.rows)} within their limits"
-    rows = [row for row in found.rows if row.verdict == found.verdict]
-    reasons = [f"{row.name}: {row.message}" for row in rows]
-    reasons += [f"the report's check {one}" for one in found.failed_checks]
-    return f"check: {found.verdict}: {'; '.join(reasons)}"
+    names = [row.name for row in found.rows if row.verdict == found.verdict]
+    if count := len(found.failed_checks):
+        names.append(f"{count} check{'s' * (count > 1)} of the report")
+    return f"check: {found.verdict}: {', '.join(names)}"
 
 
 def print_updated(found: Updated) -> None:
@@ -91,6 +98,5 @@ def write_junit(found: Checked, path: Path) -> None:
         if verdict != PASS:
             ElementTree.SubElement(case, "failure", type=TYPES[verdict], message=message).text = message
     with writing_errors(path):
-        refuse_beneath_file(path.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_no_folder(path)
         ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)

@@ -132,6 +132,7 @@ def config_errors(where: Path | str, why: str) -> Iterator[None]:
 
 
 INDEX = "model_index.json"  # of a pipeline
+COPY = "mend it, or copy the model again"
 
 
 def open_checkpoint(spec: str, *, seed: int = 0, steps: int | None = None) -> Checkpoint:
@@ -146,7 +147,7 @@ def open_checkpoint(spec: str, *, seed: int = 0, steps: int | None = None) -> Ch
 def _open(root: Path, name: str, steps: int | None, weights_seed: int | None) -> Checkpoint:
     folder = next((root / part for part in DENOISERS if (root / part / "config.json").is_file()), root)
     if not (folder / "config.json").is_file():
-        listed = read_json(root / INDEX) if (root / INDEX).is_file() else {}
+        listed = read_json(root / INDEX, fix=COPY) if (root / INDEX).is_file() else {}
         if missing := [part for part in DENOISERS if part in listed]:
             raise UserError(
                 f"{root}: its {INDEX} lists {missing[0]!r}, but there is no {missing[0]}/config.json",
@@ -156,7 +157,7 @@ def _open(root: Path, name: str, steps: int | None, weights_seed: int | None) ->
             f"model {name!r}: {root} has no config.json, nor {' or '.join(f'{d}/config.json' for d in DENOISERS)}",
             fix="give a folder written by diffusers' save_pretrained",
         )
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", fix=COPY)
     class_name = config.get("_class_name")
     if not isinstance(class_name, str):
         raise UserError(f"{folder / 'config.json'}: has no _class_name", fix="give a diffusers model's config")
@@ -173,7 +174,7 @@ def _sampling(root: Path, steps: int | None) -> tuple[Json, Json, tuple[str, ...
     notes: list[str] = []
     path = root / "scheduler" / "scheduler_config.json"
     if path.is_file():
-        scheduler: Any = read_json(path)
+        scheduler: Any = read_json(path, fix=COPY)
     else:
         scheduler = dict(DEFAULT_SCHEDULER)
         notes.append(f"{root} has no scheduler/: DDIM with diffusers' defaults is used")

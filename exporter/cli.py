@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,12 @@ def preflight(
     as_json: bool,
 ) -> None:
     """Say in seconds whether a run of MODEL can work, and what it will weigh and take."""
-    _check_asked(model, recipe, backends, dtype, gpu)
-    from exporter import preflight as stage
+    with _refusal_in_json({"model": {"name": model}, "recipe": {"name": recipe}} if as_json else None):
+        _check_asked(model, recipe, backends, dtype, gpu)
+        from exporter import preflight as stage
 
-    found = stage.planned(_checkpoint(model, steps, 0), _recipe(recipe))
-    report = stage.preflight(found, stage.targets(backends, gpu, dtype), out=out, proved=not no_prove)
+        found = stage.planned(_checkpoint(model, steps, 0), _recipe(recipe))
+        report = stage.preflight(found, stage.targets(backends, gpu, dtype), out=out, proved=not no_prove)
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
@@ -244,7 +246,7 @@ def build(
 @main.command()
 @click.argument("run", type=FOLDER)
 @click.option("--layers", is_flag=True, help="Also rank layers and steps by the damage each does alone.")
-@click.option("--images", type=click.IntRange(min=2), help="Images to score (default: as many as run does).")
+@click.option("--images", type=click.IntRange(min=2), help="Images to score (default: as run does, 256).")
 @SEED
 @JSON
 def validate(run: Path, layers: bool, images: int | None, seed: int, as_json: bool) -> None:
@@ -320,18 +322,40 @@ def bench(folder: Path, batches: tuple[int, ...], threads: int | None, as_json: 
 
 @main.command()
 @click.argument("run", type=FOLDER)
-@OUT
+@click.option("--out", type=FOLDER, help="Bundle to write.")
 @click.option("--zip", "packed", is_flag=True, help="Write one uncompressed file, --out, instead of a folder.")
+@click.option("--triton", type=FOLDER, help="Model repository to write for Triton Inference Server.")
+@click.option(
+    "--triton-ops",
+    help="Where that server will find the native codebook kernels, e.g. /models/NAME/codebook_ops.so (default: none; "
+    "graphs then look codes up by their own nodes).",
+)
 @click.option(
     "--engine", "engines", type=FOLDER, multiple=True, help="A further engine of RUN's graphs; may be repeated."
 )
 @click.option("--failed", is_flag=True, help="Bundle a run all the same whose checks failed.")
-def bundle(run: Path, out: Path, packed: bool, engines: tuple[Path, ...], failed: bool) -> None:
-    """Write what RUN holds as an application loads it: engines, graph, contract, recorded feeds and outputs."""
+def bundle(
+    run: Path, out: Path | None, packed: bool, triton: Path | None, triton_ops: str | None,
+    engines: tuple[Path, ...], failed: bool,
+) -> None:  # fmt: skip
+    """Write what RUN holds as an application loads it, as a server does, or both.
+
+    A bundle holds engines, graph, contract, recorded feeds and outputs; a model repository what Triton serves of them.
+    """
+    if out is None and (triton is None or packed):
+        raise UserError("there is nowhere to write to", fix="give --out, --triton, or both (--zip needs --out)")
     from exporter import bundle as stage
 
-    made = stage.bundle_zip if packed else stage.bundle
-    _done(made(run, out, engines=engines, failed=failed))
+    if out is not None:
+        write = stage.bundle_zip if packed else stage.bundle
+        _done(write(run, out, engines=engines, failed=failed))
+    if triton is not None:
+        from exporter import triton as serving
+
+        with stage.opened(run, out, near=triton, engines=engines, failed=failed) as source:
+            made = serving.triton(source, triton, native_ops=triton_ops)
+        serving.tell(made)
+        _done(made)
 
 
 @main.command()
@@ -387,6 +411,8 @@ def inspect(artifact: Path, as_json: bool) -> None:
     click.echo(f"{artifact}: {manifest['kind']}, digest {opened.digest}")
     for key in ("made_from", "settings", "versions"):
         for name, value in manifest[key].items():
+            if value is None:  # it has none: a GPU, for an engine that runs on any machine
+                continue
             click.echo(f"  {key.replace('_', ' ')}  {name}: {value}")
     for name, entry in manifest["files"].items():
         click.echo(f"  {entry['bytes']:>12,} bytes  {name}  sha256 {entry['sha256'][:16]}…")
@@ -401,7 +427,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
 
         click.echo(f"  {_held(manifest['info'])}")
         rows = [row.to_json() for row in audit(opened)]
-        progress.stdout().print(audits.table(rows))
+        progress.print_whole(audits.table(rows))
         for line in audits.summary(rows):
             click.echo(f"  {line}")
     if manifest["kind"] == "quantized":
@@ -457,6 +483,17 @@ def _checkpoint(model: str, steps: int | None, seed: int) -> Any:
     for note in opened.notes:
         progress.note(f"note: {note}")
     return opened
+
+
+@contextlib.contextmanager
+def _refusal_in_json(about: dict[str, Any] | None) -> Iterator[None]:
+    """Prints a refusal as a JSON document on stdout too, with what it is about; without that, on stderr alone."""
+    try:
+        yield
+    except UserError as error:
+        if about is not None:
+            click.echo(json.dumps(about | {"refused": {"what": error.what, "fix": error.fix}}, indent=1))
+        raise
 
 
 def _check_asked(model: str, recipe: str, backends: Iterable[str], dtype: str | None, gpu: str | None) -> None:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from exporter.attention import attentions
+from exporter.attention import Point, attentions
 from exporter.models import Family
 from exporter.specs import FLOAT_LAYERS
 
@@ -30,7 +30,7 @@ class DryRun:
 
     `macs`: multiply-accumulates by layer, and by attention, of its two products. `peak_bytes`: of tensors that live at
     once, beside the model; `made_bytes`: of all that are made, as training keeps them; `ops`: how many operations.
-    `block_bytes`: what each block gives.
+    `block_bytes`: what each block gives; `read`: how many numbers each layer, and each point of an attention, is given.
     """
 
     macs: Mapping[str, int]
@@ -38,6 +38,7 @@ class DryRun:
     made_bytes: int
     ops: int
     block_bytes: Mapping[str, int]
+    read: Mapping[str, int]
 
 
 @contextlib.contextmanager
@@ -49,11 +50,11 @@ def shapes_only() -> Iterator[None]:
 
 def run(model: nn.Module, family: Family, rows: int) -> DryRun:
     """Calls a model that was built of `shapes_only`, within it, on `rows` of the size it was trained at."""
-    seen = _Seen({}, {})
+    seen = _Seen({}, {}, {})
     tracker = _Tracker(tree_leaves([*model.parameters(), *model.buffers()]))
     with _watching(model, family, seen), tracker, torch.no_grad():
         family.call(model, feeds(family, rows))
-    return DryRun(seen.macs, tracker.peak, tracker.made, tracker.ops, seen.block_bytes)
+    return DryRun(seen.macs, tracker.peak, tracker.made, tracker.ops, seen.block_bytes, seen.read)
 
 
 def feeds(family: Family, rows: int) -> dict[str, torch.Tensor]:
@@ -72,6 +73,7 @@ def feeds(family: Family, rows: int) -> dict[str, torch.Tensor]:
 class _Seen:
     macs: dict[str, int]
     block_bytes: dict[str, int]
+    read: dict[str, int]
     inside: list[str] = field(default_factory=list)  # attentions that are under way
 
 
@@ -81,6 +83,8 @@ def _watching(model: nn.Module, family: Family, seen: _Seen) -> Iterator[None]:
     for path, module in model.named_modules():
         if isinstance(module, FLOAT_LAYERS):
             handles.append(module.register_forward_hook(_count(path, seen)))
+        if isinstance(module, (*FLOAT_LAYERS, Point)):
+            handles.append(module.register_forward_hook(_read(path, seen)))
     for path in attentions(model):
         attention = model.get_submodule(path)
         handles.append(attention.register_forward_pre_hook(lambda *_, path=path: seen.inside.append(path)))
@@ -99,6 +103,13 @@ def _count(path: str, seen: _Seen) -> Any:
     def look(layer: Any, _inputs: Any, output: torch.Tensor) -> None:
         each = layer.weight[0].numel()  # products to an output
         seen.macs[path] = seen.macs.get(path, 0) + output.numel() * each
+
+    return look
+
+
+def _read(path: str, seen: _Seen) -> Any:
+    def look(_module: Any, inputs: tuple[torch.Tensor], _output: Any) -> None:
+        seen.read[path] = seen.read.get(path, 0) + inputs[0].numel()
 
     return look
 

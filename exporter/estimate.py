@@ -32,6 +32,10 @@ RUNNERS = 3  # that draw images: float, quantized, an engine
 TRAINING_CALLS = 3  # forward, and backward for inputs and for weights
 PHASES = ("iterations", "activation_iterations", "codebook_iterations")  # options of methods that train
 NODES_PER_QUANTIZER = 4  # what quantizes, what dequantizes, and what they read
+# Bytes that backward needs of each number that is rounded, a weight's or an input's: what it became, which the product
+# keeps, how far that is from what it was, which its scale's gradient is of, and whether it lay within the ends.
+ROUNDED = 2 * WORD + 1
+TARGETS = 3  # times a block's output, beside itself: what it should be, as read and of the batch, and how far it is off
 TRAINED = 5  # fp32 numbers to each one that is trained: itself, its gradient, Adam's two averages, what it was before
 
 
@@ -83,11 +87,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Training:
-    """Blocks that a method trains together: their weights, and its options."""
+    """Blocks that a method trains together: their weights, the numbers of a row that they round, and its options."""
 
     weights: int
+    rounded: int
     blocks: Sequence[str]
     options: Any
+
+    @property
+    def title(self) -> str:
+        first, *rest = self.blocks
+        return f"training of {first}" + (f" … {rest[-1]}" if rest else "")
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ def _quantize(work: Workload) -> Estimate:
         "float model, a weight encoded": work.float_bytes + _encoding(work),
         "quantized model, written": work.code_bytes + _rest(work) + 2 * min(SHARD_BYTES, work.stored_bytes),
         "quantized model in fp64": work.wide_bytes + _fp64_call(work),
-        **{f"training {number}": size for number, size in enumerate(_trained(work), 1)},
+        **{one.title: size for one, size in zip(work.trainings, _trained(work), strict=True)},
     }
     phase = max(phases, key=lambda name: phases[name])
     reference = min(REFERENCE_STEPS, work.recorded) * min(REFERENCE_ROWS, work.samples * work.guided)
@@ -175,6 +185,8 @@ def _trained(work: Workload) -> list[int]:
         options, share = training.options, len(training.blocks) / len(work.planned.block_bytes)
         batch = min(options.batch, options.rows, work.records)
         made = round(share * work.planned.made_bytes * batch)
+        made += ROUNDED * (training.rounded * batch + training.weights)
+        made += TARGETS * batch * sum(work.planned.block_bytes[path] for path in training.blocks)
         rows = min(options.rows, work.records)
         inputs = rows * work.feed_bytes
         if not options.joint:

@@ -131,6 +131,16 @@ def _is_judged(speed: str) -> bool:
     return not speed.startswith("quantized ")
 
 
+def undecided_times(new: Measured, limits: Thresholds) -> list[str]:
+    """Returns the times of a new baseline that are undecided even held against themselves, and what to do."""
+    found = [row for row in judge(new, new, limits) if row.score == TIME and row.verdict != PASS]
+    return [
+        f"{row.name}: too noisy to judge later runs by; even held against itself it is {row.verdict!r}: {row.message}; "
+        f"or leave [throughput] out of the thresholds (now: {limits.source})"
+        for row in found
+    ]
+
+
 def _score_row(name: str, old: Measured, new: Measured, limits: Thresholds, ends: Ends) -> Row:
     score, count = SCORES[name], min(old.images, new.images)
     sign = -1 if score.is_loss else 1

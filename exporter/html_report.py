@@ -44,7 +44,7 @@ def write(folder: Path) -> Path:
 
 def read(folder: Path) -> Json:
     """Reads a run's report; a UserError if it is none of ours."""
-    report = artifacts.read_json(folder / REPORT)
+    report = artifacts.read_json(folder / REPORT, fix="remove it and validate the run again")
     if missing := [key for key in PARTS if key not in report]:
         raise UserError(
             f"{folder / REPORT}: is no report of a run: it lacks {', '.join(missing)}",
@@ -97,7 +97,7 @@ def _damage(folder: Path, report: Json) -> Json | None:
     """Returns what `validate --layers` found, if it is of the model that the report is of."""
     if not (folder / damage.TABLE).is_file():
         return None
-    found = artifacts.read_json(folder / damage.TABLE)
+    found = artifacts.read_json(folder / damage.TABLE, fix="remove it and use validate --layers again")
     return found if found.get("quantized") == at(report, "made_from.quantized", "") else None
 
 

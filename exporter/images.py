@@ -28,7 +28,8 @@ TRAJECTORIES = 64  # whose error is followed step by step, for every runner
 BATCH = 32  # at most; guidance doubles it
 SEED_OFFSET = 1_000_000  # validation's noise shares no key with calibration's samples 0, 1, …
 SHOWN = "samples.safetensors"  # the first images, by runner: what a report shows
-NEIGHBOURS = 3  # of precision and recall, which need more images than that
+NEIGHBOURS = 3  # of precision and recall
+LEAST_SETS = 2 * (NEIGHBOURS + 1)  # images that scores of sets take: each half, of which intervals are, has neighbours
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ def _set_scores(task: tasks.Task, pictures: Pictures) -> Json:
     ours, theirs, again = (
         task.features(images).double() for images in (pictures.judged, pictures.reference, pictures.again)
     )
-    if len(ours) // 2 <= NEIGHBOURS:
+    if len(ours) < LEAST_SETS:
+        progress.note(f"note: no Fréchet distance, precision and recall: {len(ours)} images, they take {LEAST_SETS}")
         return {}
     width = ours.shape[1]
 

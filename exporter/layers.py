@@ -309,21 +309,24 @@ def _cut(
 
 
 def print_layers(found: Json, most: int = 20) -> None:
-    """Prints the ranking, and the worst of the comparison of graphs with PyTorch, as tables on stdout."""
+    """Prints the ranking, and the worst of the comparison of each graph with PyTorch, as tables on stdout."""
     from rich.table import Column, Table
 
     from exporter import damage
 
-    rows = sorted(found["graphs"], key=lambda row: math.inf if row["sqnr_db"] is None else row["sqnr_db"])
-    table = Table("graph", Column("layer", overflow="fold"), "SQNR dB", "activation codes different")
-    table.title = f"each layer's nodes against PyTorch: the worst {min(most, len(rows))} of {len(rows)}"
-    for row in rows[:most]:
-        value = "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
-        share = "–" if row["codes_different"] is None else f"{row['codes_different']:.1e} of {row['codes']:,}"
-        table.add_row(row["dtype"], row["layer"], value, share)
     console = progress.stdout()
     console.print(damage.table(found, most))
-    console.print(table)
+    for dtype in dict.fromkeys(row["dtype"] for row in found["graphs"]):
+        rows = [row for row in found["graphs"] if row["dtype"] == dtype]
+        rows.sort(key=lambda row: math.inf if row["sqnr_db"] is None else row["sqnr_db"])
+        table = Table(Column("layer", overflow="fold"), "SQNR dB", "activation codes different")
+        table.title = f"each layer's nodes in the {dtype} graph against PyTorch: the worst {min(most, len(rows))}"
+        table.title += f" of {len(rows)}"
+        for row in rows[:most]:
+            value = "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+            share = "–" if row["codes_different"] is None else f"{row['codes_different']:.1e} of {row['codes']:,}"
+            table.add_row(row["layer"], value, share)
+        console.print(table)
 
 
 def _ort_value(array: np.ndarray[Any, Any]) -> Any:

@@ -92,6 +92,7 @@ def preflight(found: Planned, targets: Sequence[Target], *, out: Path | None = N
         "memory_bytes": total_bytes(),
         "rates": {key: estimate.RATES[key] for key in ("machine", "command")},
         "versions": installed.report(),
+        "refused": None,
         "proofs": [row for target in targets for row in proofs(found, target)] if proved else [],
         "not_proved": [] if proved else ["no small layer was built (--no-prove)"],
     }
@@ -217,7 +218,8 @@ def workload(found: Planned, targets: Sequence[Target]) -> Workload:
         engines={target.backend: graphs[target.dtype] for target in targets},
         dtypes={target.backend: target.dtype for target in targets},
         quantizers=sum(spec.activation is not None for spec in plan.specs.values()) + len(plan.points),
-        rows={most: family.rows(most) for most in (BATCH, REFERENCE_ROWS, ROWS)}, trainings=trainings(found, layers),
+        rows={most: family.rows(most) for most in (BATCH, REFERENCE_ROWS, ROWS)},
+        trainings=trainings(found, layers, watched),
     )  # fmt: skip
 
 
@@ -228,23 +230,25 @@ def _columns(found: Planned, plain: DryRun) -> int:
 
 
 def _dry_runs(found: Planned) -> tuple[DryRun, DryRun]:
-    """Returns a call of the float model as it is, and as it is observed: attention's products apart."""
+    """Returns a call of the float model as it is, and as it is observed: skips split, attention's products apart."""
     family = found.checkpoint.family
     with dry_run.shapes_only():
         model = family.build().eval().requires_grad_(False)
         plain = dry_run.run(model, family, 1)
-        if not found.plan.products:
+        if not (found.plan.products or found.plan.splits):
             return plain, plain
         plan_layers(model, family, found.recipe)
         return plain, dry_run.run(model, family, 1)
 
 
-def trainings(found: Planned, weights: Mapping[str, int]) -> list[Training]:
+def trainings(found: Planned, weights: Mapping[str, int], observed: DryRun) -> list[Training]:
     """Returns what is trained together."""
-    return [
-        Training(sum(weights[path] for path in scope.paths), scope.blocks, scope.options)
-        for scope in scopes(found.model, found.checkpoint.family, found.plan)
-    ]
+    made = []
+    for scope in scopes(found.model, found.checkpoint.family, found.plan):
+        rounded = [*(path for path in scope.paths if found.plan.specs[path].activation), *scope.points]
+        count = sum(observed.read[path] for path in rounded)
+        made.append(Training(sum(weights[path] for path in scope.paths), count, scope.blocks, scope.options))
+    return made
 
 
 def text_bytes(checkpoint: Checkpoint) -> int:

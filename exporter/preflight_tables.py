@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from engines.artifacts import Json
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # kept layers, the ones that compute most; --json lists all
 OK = "ok"  # a library's state
+GPU = "{gpu}"  # in a sentence, the place of a GPU's name
 
 
 def tables(report: Json) -> Iterator[RenderableType]:
@@ -38,8 +39,17 @@ def _formats(rows: Sequence[Json]) -> Iterator[RenderableType]:
     yield table
     for row in rows:
         for known in row["gpus"].values():
-            if lacking := [gpu for gpu, reason in known.items() if reason]:
-                yield f"{', '.join(lacking)}: {known[lacking[0]]}"
+            yield from _refusals(known)
+
+
+def _refusals(known: Mapping[str, str | None]) -> Iterator[str]:
+    """Yields why GPUs cannot run a kind of layer: what is said of each alike is said once."""
+    alike: dict[str, list[str]] = {}
+    for gpu, reason in known.items():
+        if reason:
+            alike.setdefault(reason.replace(gpu, GPU), []).append(gpu)
+    for reason, gpus in alike.items():
+        yield reason.replace(GPU, ", ".join(gpus))
 
 
 def _proofs(rows: Sequence[Json], left_out: Sequence[str]) -> Iterator[str]:

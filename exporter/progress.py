@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # rich is imported late: --help must stay fast
     from rich.console import Console
+    from rich.table import Table
 
 T = TypeVar("T")
 PIPED_COLUMNS = 160
+WIDEST = 1000  # columns of a table: more than any has
 EVERY_SECONDS = 60.0  # between two lines of progress where nobody watches
 
 
@@ -69,6 +71,14 @@ def stdout() -> Console:
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(highlight=False, width=PIPED_COLUMNS if wide else None)
+
+
+def print_whole(table: Table) -> None:
+    """Prints a table on stdout with no cell cut: where the terminal is narrower, its lines run on."""
+    console = stdout()
+    wanted = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    console.width = max(console.width, wanted)
+    console.print(table)
 
 
 def _console() -> Console:

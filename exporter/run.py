@@ -127,6 +127,7 @@ def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int, images: in
         progress.note("validate: unchanged, kept")
         html_report.write(out)  # runs beside it may have come, or it is of an earlier version
         return kept
+    _note_replaced(out, images or IMAGES)
     started = time.monotonic()
     content = validate(checkpoint, run, out, seed=seed, count=images)
     content |= {"made_from": made_from, "settings": settings, "samples": digest_file(out / PICTURE)}
@@ -151,13 +152,25 @@ def layers(checkpoint: Checkpoint, run: Run, out: Path) -> Json:
     return found
 
 
+def _note_replaced(out: Path, images: int) -> None:
+    """Says that a report of another number of images goes."""
+    settings = _read_report(out).get("settings") if (out / REPORT).is_file() else None
+    before = settings.get("images", images) if isinstance(settings, dict) else images
+    if before != images:
+        progress.note(f"note: {out / REPORT}, of {before} images, is replaced by one of {images}")
+
+
 def _kept(out: Path, made_from: Mapping[str, str], settings: Json) -> Json | None:
     if not all((out / name).is_file() for name in (REPORT, PICTURE, SHOWN)):
         return None
-    found = artifacts.read_json(out / REPORT)
+    found = _read_report(out)
     same = found.get("made_from") == made_from and found.get("settings") == settings
     pictures = found.get("samples") == digest_file(out / PICTURE) and found.get("shown") == digest_file(out / SHOWN)
     return found if same and pictures else None
+
+
+def _read_report(out: Path) -> Json:
+    return artifacts.read_json(out / REPORT, fix="remove it, and give the same command again")
 
 
 def _timings(run: Run, content: Json, validate_seconds: float) -> Json:

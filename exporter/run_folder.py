@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from exporter import progress, quantized
 from exporter.checkpoint import Checkpoint
 from exporter.lower import DTYPES
 
-REPORT = "report.json"
+REPORT, LOCK = "report.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,32 @@ def open_artifacts(out: Path) -> Run:
     return Run(source, _graphs(out), _engines(out))
 
 
-def locked(out: Path) -> contextlib.AbstractContextManager[Any]:
-    """Returns a lock on `out`, so that two runs never write into one folder."""
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds a lock on `out`, so that two runs never write into one folder; one that wrote nothing leaves no folder."""
+    made = [place for place in (out, *out.parents) if not place.exists()]
+    lock = _lock(out)
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # somebody else may have written there meanwhile, or taken it away
+            if [path.name for path in out.iterdir()] == [LOCK]:
+                (out / LOCK).unlink()
+                for place in made:
+                    place.rmdir()
+
+
+def _lock(out: Path) -> Any:
+    """Makes the folder `out` and returns a lock on it, taken."""
     from filelock import FileLock, Timeout
 
     with artifacts.writing_errors(out):
         artifacts.refuse_beneath_file(out)
-        if out.is_dir() and any(out.iterdir()) and not (out / ".lock").exists() and not (out / "quantized").exists():
+        if out.is_dir() and any(out.iterdir()) and not (out / LOCK).exists() and not (out / "quantized").exists():
             raise UserError(f"{out}: is a folder that holds other things", fix="choose a new or an empty folder")
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
+        lock = FileLock(out / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +11,15 @@ import torch
 
 from engines.artifacts import digest_file, inside, read_json
 from engines.errors import UserError, unknown
+from engines.text import close_words
 from exporter import progress
-from exporter.checkpoint import INDEX, Checkpoint
+from exporter.checkpoint import COPY, INDEX, Checkpoint
 from exporter.models import Family, Tensors
 
 CLASSES = (
     "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel",
     "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast",
 )  # fmt: skip
-WORD_START = "▁"  # how SentencePiece's vocabularies, T5's, mark the pieces that start a word
 # Encoders up to this size on disk are computed in fp32, larger ones (T5-XXL) as they are stored: memory is theirs.
 FP32_BYTES = 2 << 30
 
@@ -35,7 +34,7 @@ def components(root: Path) -> dict[str, str]:
             )
         return {}
     found = {}
-    for name, entry in read_json(root / INDEX).items():
+    for name, entry in read_json(root / INDEX, fix=COPY).items():
         if not name.startswith(("text_encoder", "tokenizer")) or not isinstance(entry, list) or entry[:1] == [None]:
             continue
         library, class_name = (str(part) for part in (*entry, "", "")[:2])
@@ -113,15 +112,12 @@ def check_words(pipeline: Any, entries: Sequence[str], where: str) -> None:
         for entry in entries:
             if missing in tokenizer(entry).input_ids:
                 word = next((w for w in entry.split() if missing in tokenizer(w).input_ids), entry)
-                words = [w.removeprefix(WORD_START) for w in tokenizer.get_vocab()]
-                close = difflib.get_close_matches(word, [w for w in words if w.isalpha()], n=3, cutoff=0.5)
                 if not whole_words:  # one character is lost of a large vocabulary's reach, not the caption
                     progress.note(f"note: caption {entry!r}: its text encoder does not know all of {word!r}")
                     continue
                 raise UserError(
                     f"{where}: caption {entry!r}: its text encoder knows no {word!r}",
-                    fix=(f"did you mean {' or '.join(map(repr, close))}? " if close else "")
-                    + "use words that the model was trained on",
+                    fix=close_words(word, tokenizer.get_vocab()),
                 )
 
 

@@ -6,7 +6,7 @@ import math
 import shutil
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ LEAST_SAMPLES = 8
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits by score; one that a score lacks is not judged."""
+    """Limits by score; one that a score lacks is not judged. `source`: the file that they are from."""
 
     most_lost: Mapping[str, float]
     least: Mapping[str, float]
@@ -43,6 +43,7 @@ class Thresholds:
     most_larger: float | None = None
     false_alarm: float = 0.05
     samples: int = 32
+    source: str = ""
 
 
 def of_run(folder: Path) -> Path:
@@ -80,7 +81,7 @@ def load(where: Path) -> Thresholds:
         raise UserError(f"thresholds {where}: cannot be read ({error.strerror})", fix="check the path") from error
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
         raise UserError(f"thresholds {where}: not valid TOML ({error})", fix="mend the line it names") from error
-    return parse(source, f"thresholds {where}")
+    return replace(parse(source, f"thresholds {where}"), source=str(where))
 
 
 def parse(source: Mapping[str, Any], where: str) -> Thresholds:

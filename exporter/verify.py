@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,9 @@ def verify(path: Path, backend: str | None = None) -> Json:
 def _engine_row(bundle: Bundle, name: str) -> Json:
     artifact = bundle.engine(name)
     reason = loading.why_not(artifact)
-    rows = [] if reason else golden.rows(loading.Engine(bundle, name, artifact, 0), bundle)
+    rows = [] if reason else golden.rows(loading.Engine(bundle, name, artifact), bundle)
+    for row in rows:  # equal to the last bit, or NaN: JSON has neither
+        row["value_db"] = row["value_db"] if math.isfinite(row["value_db"]) else None
     return {"name": name, "dtype": artifact.info["dtype"], "why_not": reason, "rows": rows}
 
 
@@ -71,5 +74,12 @@ def tables(found: Json) -> Iterable[Any]:
             table.add_row(engine["name"], f"not run: {engine['why_not']}")
         for row in engine["rows"]:
             result = "passed" if row["passed"] else "FAILED"
-            table.add_row(engine["name"], row["what"], f"{row['value_db']:.1f}", f"{row['limit_db']:.1f}", result)
+            table.add_row(engine["name"], row["what"], decibels(row), f"{row['limit_db']:.1f}", result)
     yield table
+
+
+def decibels(row: Json) -> str:
+    """Returns a row's value as text: an infinite one is equality, one that is no number is NaN."""
+    if row["value_db"] is not None:
+        return f"{row['value_db']:.1f}"
+    return "equal" if row["passed"] else "NaN"

@@ -116,7 +116,7 @@ class SafetensorsWeights:
         for stem in ("diffusion_pytorch_model", "model"):
             index = self.folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                content = read_json(index)
+                content = read_json(index, fix="copy the model again")
                 table, metadata = content.get("weight_map"), content.get("metadata")
                 if isinstance(metadata, dict) and type(metadata.get("total_size")) is int:
                     self._promised = metadata["total_size"]

@@ -13,8 +13,9 @@ from filelock import FileLock
 
 import exporter  # noqa: F401  first of all: it sets how torch's threads wait
 
-LONGEST = ("test_family_unets.py", "test_stepped.py", "test_resume.py", "test_end_to_end.py")
-LONGEST += ("test_family_transformers.py", "test_cli.py", "test_end_to_end_steps.py")
+LONGEST = ("test_family_unets.py", "test_end_to_end.py", "test_family_transformers.py", "test_resume.py")
+LONGEST += ("test_end_to_end_steps.py", "test_cli.py", "test_stepped.py", "test_end_to_end_codebooks.py")
+LONGEST += ("test_pipeline.py", "test_diffusers_pipelines.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -27,11 +27,22 @@ from exporter.validate import lowering_rows, open_runners, per_step_rows
 LAYER_KINDS = ("gemm", "correlation")  # TensorRT's names for matmuls and convolutions
 
 
+SMALLER = {"sdxl": {"transformer_layers_per_block": [1, 1]}}  # the second layer of a block is like the first
+
+
 def calibrated(name, folder):
     """Returns a family's small random model and its calibration."""
-    (folder / "config.json").write_text(json.dumps(FAMILIES[name]))
+    (folder / "config.json").write_text(json.dumps(FAMILIES[name] | SMALLER.get(name, {})))
     checkpoint = open_checkpoint(f"random:{folder}", steps=2)
     return checkpoint, calibrate(checkpoint, folder / "calibration", samples=2)
+
+
+def untrained(name):
+    """Returns a shipped recipe of DilateQuant without its minutes of training."""
+    source = json.loads(json.dumps(recipe.load(name).source))
+    source["calibration"] = {"samples": 8}
+    source["rule"][-1]["method"] = {"name": "dilatequant", "iterations": 0, "output": False}
+    return recipe.parse(name, source)
 
 
 def assert_goes_the_whole_road(checkpoint, calibration, recipe_name, tmp_path):

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from common import FAMILIES, ROOT, TINY
 from safetensors.torch import load_file, save_file
 
+from exporter import images
 from exporter.cli import main
 
 RECIPE = """
@@ -42,8 +43,7 @@ def assert_refused(process, *words):
 
 
 def assert_nothing_left(folder):
-    left = [path.name for path in folder.rglob("*") if path.name not in (".lock",)] if folder.exists() else []
-    assert left == []
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def assert_nothing_left(folder):
     [
         (("digit-dit", "--recipe", "fp8"), ("digit-dit", "digits-dit")),
         (("digits-dit", "--recipe", "fp9"), ("recipe 'fp9'", "'fp8'")),
-        (("digits-dit", "--recipe", "fp8", "--backend", "trt-rxt"), ("backend 'trt-rxt'", "trt-rtx")),
+        (("digits-dit", "--recipe", "fp8", "--backend", "tensorrt"), ("backend 'tensorrt'", "did you mean 'trt-rtx'?")),
         (("digits-dit", "--recipe", "fp8", "--backend", "trt-rtx", "--gpu", "sm98"), ("'sm98'", "sm89")),
         (("digits-dit", "--recipe", "fp8", "--dtype", "fp61"), ("'fp61'", "fp16")),
         (("digits-dit", "--recipe", "fp8", "--steps", "5000"), ("5000", "1000")),
@@ -345,29 +345,49 @@ def test_a_folder_with_other_things_is_not_written_over(cli, tiny_folder, tmp_pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_engines_of_an_earlier_run_with_another_recipe_are_removed(cli, tiny_folder, tiny_recipe, tmp_path):
+def test_engines_of_an_earlier_run_with_another_recipe_are_removed(tiny_recipe, tmp_path, monkeypatch):
     """A folder holds one run: an engine of another model must not stand in its report."""
-    out = tmp_path / "out"
-    first = cli("run", tiny_folder, "--recipe", tiny_recipe, "--steps", 2, "--backend", "trt-rtx", "--out", out)
+    monkeypatch.setattr(images, "IMAGES", 2)
+    monkeypatch.setattr(images, "TRAJECTORIES", 2)
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"num_layers": 1}))
+    folder, out = f"random:{tmp_path}", tmp_path / "out"
+    first = invoke("run", folder, "--recipe", tiny_recipe, "--steps", 2, "--backend", "trt-rtx", "--out", out)
     assert first.returncode in (0, 3), first.stderr
     other = tmp_path / "other.toml"
     other.write_text(tiny_recipe.read_text().replace("bits = 8", "bits = 7", 1))
-    second = cli("run", tiny_folder, "--recipe", other, "--steps", 2, "--out", out)
+    second = invoke("run", folder, "--recipe", other, "--steps", 2, "--out", out)
     assert second.returncode in (0, 3), second.stderr
     assert "engines/trt-rtx: of an earlier run" in second.stderr
     assert sorted(path.name for path in (out / "engines").iterdir()) == ["ort"]
     assert [row["backend"] for row in json.loads((out / "report.json").read_text())["engines"]] == ["ort"]
     shutil.copytree(out / "engines" / "ort", tmp_path / "kept")
-    cli("run", tiny_folder, "--recipe", tiny_recipe, "--steps", 2, "--out", out)
+    third = invoke("run", folder, "--recipe", tiny_recipe, "--steps", 2, "--out", out)
+    assert third.returncode in (0, 3), third.stderr
     shutil.rmtree(out / "engines" / "ort")
     shutil.copytree(tmp_path / "kept", out / "engines" / "ort")
-    assert_refused(cli("validate", out), "engines/ort", "another model")
+    assert_refused(invoke("validate", out), "engines/ort", "another model")
 
 
 def test_inspecting_a_run_names_the_artifacts_in_it(cli, tmp_path):
     (tmp_path / "run" / "quantized").mkdir(parents=True)
     (tmp_path / "run" / "quantized" / "manifest.json").write_text("{}")
     assert_refused(cli("inspect", tmp_path / "run"), "folder of artifacts", "quantized")
+
+
+def test_a_folder_that_is_no_artifact_is_told_what_one_is(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path, why in ((tmp_path, "holds no manifest.json"), (tmp_path / "gone", "no such folder")):
+        assert_refused(invoke("inspect", path), f"{path}: is no artifact: ", why, "RUN/quantized")
+    assert_refused(invoke("inspect", tmp_path / "file"), "it is a file")
+
+
+@pytest.mark.parametrize("name", ["config.json", "sampler.json", "model_index.json", "scheduler/scheduler_config.json"])
+def test_a_file_of_a_model_that_is_no_json_is_for_its_owner_to_mend(name, model, tmp_path):
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text("{")
+    process = invoke("calibrate", model, "--out", tmp_path / "out", "--samples", 1, "--steps", 2)
+    assert_refused(process, f"{model / name}: not valid JSON", "mend it, or")
+    assert "artifact" not in process.stderr
 
 
 def test_a_run_into_a_folder_with_other_things_is_refused(cli, tiny_folder, tiny_recipe, tmp_path):

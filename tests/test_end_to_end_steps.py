@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
-from road import assert_multiplies_in_int8
+from road import assert_multiplies_in_int8, untrained
 from safetensors.torch import load_file
 
 from engines.build import build
 from engines.plans import read_plan
-from exporter import quantized, recipe
+from exporter import quantized
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
 from exporter.checks import FLOOR_MARGIN_DB, under
@@ -22,14 +21,6 @@ from exporter.run_folder import Run
 from exporter.validate import lowering_rows, open_runners
 
 SAME_CODES = 0.999  # of a layer, on the same inputs: the project's bar
-
-
-def untrained(name):
-    """Returns a shipped recipe without its minutes of training."""
-    source = json.loads(json.dumps(recipe.load(name).source))
-    source["calibration"] = {"samples": 8}
-    source["rule"][-1]["method"] = {"name": "dilatequant", "iterations": 0, "output": False}
-    return recipe.parse(name, source)
 
 
 @pytest.fixture(scope="module")

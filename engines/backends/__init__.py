@@ -16,6 +16,7 @@ from engines.plans import PlanRow
 from engines.runner import Runner
 from engines.schedule import with_steps
 
+ALSO = {"tensorrt": "trt-rtx", "tensorrt-rtx": "trt-rtx", "onnxruntime": "ort"}  # what people call them
 Layers = Mapping[str, Mapping[str, str | None]]  # path → its types: weight, activation
 
 
@@ -102,7 +103,7 @@ def lacking(name: str, options: Options) -> dict[str, str]:
 def load(name: str) -> Backend:
     """Imports a backend by name."""
     if name not in names():
-        raise unknown("backend", name, names())
+        raise unknown("backend", name, names(), also=ALSO)
     return cast(Backend, importlib.import_module(f"engines.backends.{name.replace('-', '_')}"))
 
 

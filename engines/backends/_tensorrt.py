@@ -34,7 +34,7 @@ def check_support(layers: Mapping[str, Mapping[str, str | None]], gpu: str, know
             if gpu not in have:
                 where = f"build for one that has {kind} (--gpu {', '.join(have)}), or " if have else ""
                 raise UserError(
-                    f"layer {path!r} is {kind}, which {gpu} has no hardware for", fix=f"{where}choose another recipe"
+                    f"layer {path!r} is {kind}, with no hardware for it in {gpu}", fix=f"{where}choose another recipe"
                 )
 
 

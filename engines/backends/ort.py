@@ -196,9 +196,7 @@ def open_session(
 
     options = session_options(graph, threads)
     if dump is not None:
-        options.optimized_model_filepath = str(dump)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", dump.name + ".data")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        dump_to(options, dump)
     want = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device()]
     try:
         library = native.library()
@@ -221,6 +219,13 @@ def open_session(
             fix="install the CUDA libraries this onnxruntime-gpu needs, or hide the GPU (CUDA_VISIBLE_DEVICES=)",
         )
     return session
+
+
+def dump_to(options: onnxruntime.SessionOptions, path: Path) -> None:
+    """Lets a session write its graph as it optimized it, with weights beside it."""
+    options.optimized_model_filepath = str(path)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.name}.data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
 
 
 class OrtRunner:

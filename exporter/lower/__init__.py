@@ -119,7 +119,7 @@ def run_passes(
 
     passes = ir.passes.Sequential(
         FoldConstants(),
-        NameAfterModules(PREFIX, inputs, family.output()),
+        NameAfterModules(PREFIX, inputs, [family.output()]),
         common.RemoveUnusedNodesPass(),
         AttachWeights(stored, specs, table),
         ShareInitializers(),

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 
 from engines.artifacts import Artifact
 from exporter import quantized, step_table, steps
@@ -72,12 +73,22 @@ def trace_model(
             if step_input == "index":
                 model.register_buffer(step_table.NAME, torch.empty(table.values.shape, dtype=torch.float32))
         call = _Call(model, family, [spec.name for spec in specs])
-        inputs = tuple(_example(spec, axes, TORCH_TYPES[dtype]) for spec in specs)
-        # AUTO: what diffusers decides by size (memory layout at 64 rows) would else bound an axis; that none became a
-        # constant is checked where the axes are named.
-        auto = torch.export.Dim.AUTO
-        shapes = tuple({d: auto for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs)
-        program = torch.export.export(call, inputs, dynamic_shapes={"inputs": shapes}, strict=False)
+        program = export(call, specs, axes, dtype)
+    return graph_of(program)
+
+
+def export(call: nn.Module, specs: Sequence[TensorSpec], axes: Mapping[str, Axis], dtype: str) -> ExportedProgram:
+    """Exports a module that takes `specs` in order, as its one variadic argument `inputs`."""
+    inputs = tuple(_example(spec, axes, TORCH_TYPES[dtype]) for spec in specs)
+    # AUTO: what diffusers decides by size (memory layout at 64 rows) would else bound an axis; that none became a
+    # constant is checked where the axes are named.
+    auto = torch.export.Dim.AUTO
+    shapes = tuple({d: auto for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs)
+    return torch.export.export(call, inputs, dynamic_shapes={"inputs": shapes}, strict=False)
+
+
+def graph_of(program: ExportedProgram) -> ir.Model:
+    """Returns the graph of an exported module; its weights, whose names start with PREFIX, have no values."""
     with quiet("torch.onnx._internal.exporter._registration"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations, and that torchvision is not there
         exported = torch.onnx.export(program, (), dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
@@ -86,7 +97,7 @@ def trace_model(
     graph.ir_version = IR_VERSION
     for value in graph.graph.initializers.values():
         if value.name and value.name.startswith(PREFIX):
-            value.const_value = None  # fake: the optimizer must not read it
+            value.const_value = None  # fake, or large: the optimizer must not read it
     return graph
 
 

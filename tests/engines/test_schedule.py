@@ -45,6 +45,20 @@ def test_fewer_steps_may_take_the_nearest_that_was_calibrated():
     assert schedule.steps_of(GRAPH, [880.0, 310.0, 20.0], nearest=True) == [0, 2, 3]
 
 
+def test_single_timesteps_take_the_step_that_they_are_of_in_any_order():
+    assert schedule.steps_at(GRAPH, [300.0, 900.0001, 0.0]) == [2, 0, 3]
+    assert schedule.steps_at(GRAPH | {"fed_timesteps": [0.9, 0.6]}, np.float32(0.6)) == [1]  # in the model's unit
+    assert schedule.steps_at(GRAPH | {"fed_timesteps": [9.0, 9.0, 1.0]}, [9.0, 1.0]) == [0, 2]
+
+
+def test_a_timestep_that_is_not_calibrated_is_an_error_unless_the_nearest_will_do():
+    with pytest.raises(UserError, match=r"timestep 880 .* 4 steps, timesteps 900 … 0") as caught:
+        schedule.steps_at(GRAPH, [900.0, 880.0])
+    assert "num_inference_steps=4" in caught.value.fix
+    assert schedule.steps_at(GRAPH, [900.0, 880.0], nearest=True) == [0, 0]
+    assert schedule.steps_at(GRAPH, [900.0, 880.0], tolerance=0.03) == [0, 0]
+
+
 def test_a_graph_without_steps_is_left_alone():
     runner = Echo()
     assert schedule.with_steps(runner, {"step_input": None}, None) is runner

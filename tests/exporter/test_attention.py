@@ -147,5 +147,5 @@ def test_a_gpu_without_the_type_of_the_products_is_refused_before_anything_is_ca
     model = checkpoint.skeleton()
     plan = plan_layers(model, checkpoint.family, asked)
     refuse(checkpoint, asked, model, plan, targets[:1])
-    with pytest.raises(UserError, match=r"products\.query' is fp8, which sm80 has no hardware for"):
+    with pytest.raises(UserError, match=r"products\.query' is fp8, with no hardware for it in sm80"):
         refuse(checkpoint, asked, model, plan, targets[1:])

@@ -14,7 +14,7 @@ from exporter.check import opened
 
 
 def test_what_is_written_is_read(tmp_path):
-    path = tmp_path / "baselines" / "mine.json"  # the folder is made
+    path = tmp_path / "mine.json"
     baseline.write(measured(), path)
     assert baseline.read(path) == measured()
     assert path.stat().st_size < 100_000

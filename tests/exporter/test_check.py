@@ -12,6 +12,7 @@ from gated import a_check, made, made_run
 from engines.artifacts import open_artifact
 from exporter.baseline import read
 from exporter.cli import main
+from exporter.thresholds import SHIPPED
 
 
 @pytest.fixture
@@ -48,10 +49,13 @@ def test_a_run_passes_against_its_own_baseline(kept, call):
     assert "changed since the baseline: nothing" in result.stdout
 
 
-def test_a_worse_run_fails_and_the_last_line_says_by_what(kept, call, tmp_path):
+def test_a_worse_run_fails_and_the_last_lines_say_by_what(kept, call, tmp_path):
     result = call(made_run(tmp_path / "bad", lost_db=1.5))
     assert result.exit_code == 3
-    assert result.stdout.splitlines()[-1].startswith("check: fail: PSNR: lost 1.50 dB")
+    *lines, last = result.stdout.splitlines()
+    assert any(line.startswith("fail: PSNR: lost 1.50 dB") for line in lines)
+    assert last.startswith("check: fail: PSNR")
+    assert len(last) < 80
     assert "changed since the baseline: quantized" in result.stdout
 
 
@@ -65,7 +69,7 @@ def test_a_run_with_4_images_is_not_enough(kept, call, tmp_path):
     few = made_run(tmp_path / "few", images=4)
     result = call(few)
     assert result.exit_code == 3
-    assert result.stdout.splitlines()[-1].startswith("check: not enough samples: PSNR")
+    assert result.stdout.splitlines()[-1].startswith("check: not enough samples: PSNR, SSIM")
     before = (tmp_path / "mine.json").read_bytes()
     result = call(few, "--update")
     assert result.exit_code == 3
@@ -139,6 +143,36 @@ def test_an_update_shows_what_is_new_and_writes_it(kept, call, tmp_path):
     assert "nothing is new" in call(tmp_path / "better", "--update").stdout
 
 
+@pytest.mark.parametrize("p95_over_p50", [1.4, 3.0], ids=["interval past the limit", "busy"])
+def test_an_update_warns_of_times_that_no_later_run_can_be_judged_by(p95_over_p50, call, tmp_path):
+    folder = made_run(tmp_path / "busy")
+    report = json.loads((folder / "report.json").read_text())
+    for row in report["throughput"]:
+        row["ms_p95"] = p95_over_p50 * row["ms_p50"]
+    (folder / "report.json").write_text(json.dumps(report))
+    result = call(folder, "--update", "--json")
+    assert result.exit_code == 0
+    assert "warning: time of ort batch 8: too noisy" in result.stderr
+    assert len(json.loads(result.stdout)["warnings"]) == 1
+    assert "check: not enough samples: time of ort batch 8" in call(folder).stdout
+    no_times = tmp_path / "limits.toml"
+    no_times.write_text("[psnr_db]\nmost_lost = 0.5\n")
+    assert call(folder, "--update", "--thresholds", no_times).stderr == ""
+
+
+def test_quiet_times_are_kept_without_a_warning(call, tmp_path):
+    assert call(made_run(tmp_path / "quiet"), "--update").stderr == ""
+
+
+def test_a_folder_that_is_not_there_is_named_and_not_made(kept, call, tmp_path):
+    missing = tmp_path / "basline" / "new"
+    arguments = ["check", str(kept), "--baseline", str(missing / "mine.json"), "--update"]
+    assert_refused(CliRunner().invoke(main, arguments), f"no folder {missing.parent}", f"mkdir -p {missing}")
+    assert_refused(call(kept, "--junit", missing / "gate.xml"), f"no folder {missing.parent}", f"mkdir -p {missing}")
+    assert not missing.parent.exists()
+    assert_refused(call(kept, "--junit", kept / "report.json" / "gate.xml"), "report.json is a file")
+
+
 def test_an_update_judges_nothing_for_junit(kept, call, tmp_path):
     assert_refused(call(kept, "--update", "--junit", tmp_path / "j.xml"), "--junit")
 
@@ -156,7 +190,7 @@ def test_json_is_one_document(kept, call, tmp_path):
 
 def test_junit_has_a_case_for_every_score_and_check_and_types_of_failures(kept, call, tmp_path):
     bad = [a_check("fine", 0), a_check("broken", 9, passed=False)]
-    path = tmp_path / "results" / "gate.xml"
+    path = tmp_path / "gate.xml"
     folder = made_run(tmp_path / "bad", lost_db=0.5, seed=1, checks=bad)
     assert call(folder, "--junit", path).exit_code == 3
     suite = ElementTree.parse(path).getroot()
@@ -177,5 +211,8 @@ def test_thresholds_of_ones_own_are_what_is_judged_by(kept, call, tmp_path):
     found = json.loads(call(made_run(tmp_path / "bad", lost_db=1.5), "--thresholds", limits, "--json").stdout)
     assert [row["name"] for row in found["scores"]] == ["PSNR"]
     assert found["passed"]
+    assert found["thresholds"] == str(limits)
+    assert f"thresholds: {limits}\n" in call(kept, "--thresholds", limits).stdout
+    assert f"thresholds: {SHIPPED}\n" in call(kept).stdout
     limits.write_text("[psnrdb]\nmost_lost = 3.0\n")
     assert_refused(call(kept, "--thresholds", limits), "did you mean 'psnr_db'")

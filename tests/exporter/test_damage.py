@@ -140,6 +140,23 @@ def test_random_weights_are_not_read_whole(made):
     assert torch.equal(layer(x), whole(x))
 
 
+def test_the_worst_layers_of_each_graph_are_shown(found, monkeypatch, capsys):
+    from exporter.layers import print_layers
+
+    monkeypatch.setenv("COLUMNS", "160")
+    worse = {"fp16": 50.0, "fp32": 120.0}  # so that of both together all shown would be of one
+    graphs = [
+        {"dtype": dtype, "layer": f"{dtype}.{i}", "sqnr_db": value + i, "codes_different": 0.0, "codes": 1}
+        for dtype, value in worse.items()
+        for i in range(4)
+    ]
+    print_layers(found | {"graphs": graphs}, most=2)
+    told = " ".join(capsys.readouterr().out.split())  # a title is as wide as its table
+    for dtype in worse:
+        assert f"{dtype} graph against PyTorch: the worst 2 of 4" in told
+        assert [f"{dtype}.{i} " in told for i in range(4)] == [True, True, False, False]
+
+
 def test_the_command_writes_and_prints_the_ranking(made, tmp_path, monkeypatch, capsys):
     from exporter import run as runs
     from exporter.layers import print_layers

@@ -10,6 +10,7 @@ from bench_real_unets import CONFIGS
 from common import TINY
 
 from exporter import dry_run
+from exporter.attention import POINTS, add_points
 from exporter.models import family_of
 
 
@@ -30,6 +31,20 @@ def test_a_tiny_dits_macs_are_those_counted_by_hand():
     assert found[f"{block}.attn1"] == 2 * tokens * tokens * width  # queries by keys, probabilities by values
     assert found[f"{block}.ff.net.0.proj"] == tokens * width * 4 * width
     assert found["proj_out_2"] == tokens * width * 4
+
+
+def test_what_layers_and_points_of_attentions_read_is_counted():
+    width, tokens = 32, 16
+    family = family_of(TINY["_class_name"], TINY, "test")
+    with dry_run.shapes_only():
+        model = family.build().eval().requires_grad_(False)
+        add_points(model, ["transformer_blocks.0.attn1"])
+        found = dry_run.run(model, family, 2).read
+    assert found["transformer_blocks.0.attn1.to_q"] == 2 * tokens * width
+    assert found["transformer_blocks.0.ff.net.2"] == 2 * tokens * 4 * width
+    points = {name: found[f"transformer_blocks.0.attn1.products.{name}"] for name in POINTS}
+    each = 2 * tokens * width
+    assert points == {"query": each, "key": each, "probabilities": 2 * 2 * tokens * tokens, "value": each}
 
 
 def test_macs_and_memory_grow_with_the_rows():

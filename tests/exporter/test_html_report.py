@@ -259,6 +259,16 @@ def test_a_kept_report_gets_its_page(tmp_path):
     assert "export-engine" in (folder / html_report.PAGE).read_text()
 
 
+def test_a_report_of_another_number_of_images_is_not_replaced_in_silence(tmp_path, monkeypatch, capsys):
+    folder = saved(tmp_path / "run", report() | {"settings": {"seed": 0, "images": 256}})
+    monkeypatch.setattr(runs, "validate", lambda *arguments, **options: pytest.fail("reached"))
+    run = Run(Artifact(folder / "quantized", {"digest": "a" * 64}), {}, {})
+    for images, told in ((4, True), (256, False)):
+        with pytest.raises(pytest.fail.Exception, match="reached"):
+            runs.report(None, run, folder, seed=0, images=images)
+        assert ("of 256 images, is replaced by one of 4" in capsys.readouterr().err) == told
+
+
 def test_layers_of_another_model_are_not_shown(tmp_path):
     run = saved(tmp_path / "run")
     (run / "layers.json").write_text(json.dumps(damaged()))

@@ -97,6 +97,16 @@ def test_images_of_something_else_lose_what_was_asked(reference, again):
     assert found["lost"]["ci95"][0] > found["lost"]["noise_floor"]
 
 
+def test_too_few_images_for_scores_of_sets_are_told(reference, again, capsys):
+    least = images.LEAST_SETS
+    few = (reference[:least], reference[:least].clone(), again[:least], CAPTIONS[:least])
+    assert scores(SHAPES, "ort", Pictures(*few))["sets"].keys() == SETS
+    assert capsys.readouterr().err == ""
+    fewer = scores(SHAPES, "ort", Pictures(*(part[1:] for part in few)))
+    assert fewer["sets"] == {}
+    assert "no Fréchet distance, precision and recall: 7 images, they take 8" in capsys.readouterr().err
+
+
 def test_images_with_nan_are_counted_scored_and_kept_out_of_sets(reference, again):
     broken = reference.clone()
     broken[3], broken[5, 0, 0, 0] = float("nan"), float("inf")

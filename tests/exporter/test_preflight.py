@@ -11,7 +11,7 @@ from bench_real_unets import CONFIGS
 from click.testing import CliRunner
 
 from engines.errors import UserError
-from exporter import preflight, prove, recipe, sizes
+from exporter import preflight, preflight_tables, prove, recipe, sizes
 from exporter.checkpoint import open_checkpoint
 from exporter.cli import main
 from exporter.estimate import estimates
@@ -32,7 +32,10 @@ def invoke(*arguments):
 def test_fp8_is_refused_where_there_is_no_hardware_for_it(gpu):
     result = invoke("digits-dit", "--recipe", "fp8", "--gpu", gpu)
     assert result.exit_code == 2
-    assert f"'transformer_blocks.0.norm1.emb.timestep_embedder.linear_1' is fp8, which {gpu}" in result.stderr
+    assert (
+        f"'transformer_blocks.0.norm1.emb.timestep_embedder.linear_1' is fp8, with no hardware for it in {gpu}"
+        in result.stderr
+    )
     assert "nearest shipped recipe" in result.stderr
     assert "int8" in result.stderr
 
@@ -77,11 +80,30 @@ def test_a_backend_that_cannot_build_here_is_refused_with_what_to_do(monkeypatch
     assert "pip install 'export-engine[trt]', or --backend trt-rtx" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("model", "what"), [("digits-dit", "is fp8, with no hardware for it in sm80"), ("digit-dit", "unknown model")]
+)
+def test_a_refusal_is_a_json_document_too(model, what):
+    result = invoke(model, "--recipe", "fp8", "--gpu", "sm80", "--json")
+    assert result.exit_code == 2
+    told = json.loads(result.stdout)
+    assert told["model"] == {"name": model}
+    assert what in told["refused"]["what"]
+    assert told["refused"]["what"] in result.stderr
+    assert told["refused"]["fix"] in result.stderr
+
+
 def test_the_tables_have_what_json_has():
     result = invoke("digits-dit", "--recipe", "int4", "--backend", "ort", "--no-prove")
     assert result.exit_code == 0, result.output
     for part in ("left in float", "peak memory", "int4, by block", "proj_out_1", "bits to a quantized weight"):
         assert part in result.stdout
+
+
+def test_what_several_gpus_lack_is_said_once_and_of_all_of_them():
+    reasons = {gpu: f"layer 'a' is fp8, with no hardware for it in {gpu}" for gpu in ("sm75", "sm80")}
+    told = list(preflight_tables._refusals({**reasons, "sm86": "another reason", "sm89": None}))
+    assert told == ["layer 'a' is fp8, with no hardware for it in sm75, sm80", "another reason"]
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything(monkeypatch, tmp_path):
@@ -128,3 +150,4 @@ def test_training_all_blocks_asks_for_more_memory_time_and_disk_than_rounding():
     )
     for key in ("memory", "seconds", "disk"):
         assert getattr(trained["quantize"], key) > getattr(plain["quantize"], key), key
+    assert "training of transformer_blocks.0 … transformer_blocks.5" in trained["quantize"].held

@@ -19,9 +19,9 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class NameAfterModules(ir.passes.InPlacePass):
-    def __init__(self, prefix: str, inputs: Sequence[TensorSpec], output: TensorSpec) -> None:
+    def __init__(self, prefix: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
         super().__init__()
-        self.prefix, self.inputs, self.output = prefix, inputs, output
+        self.prefix, self.specs = prefix, (*inputs, *outputs)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -34,7 +34,7 @@ class NameAfterModules(ir.passes.InPlacePass):
             name = f"{self._module(node)}/{node.op_type}".lstrip("/")
             node.name = f"{name}_{seen[name]}" if seen[name] else name
             seen[name] += 1
-        for value, spec in zip((*graph.inputs, graph.outputs[0]), (*self.inputs, self.output), strict=True):
+        for value, spec in zip((*graph.inputs, *graph.outputs), self.specs, strict=True):
             self._check_axes(value, spec)
             value.name, value.shape = spec.name, ir.Shape(spec.shape)
         return ir.passes.PassResult(model, modified=True)

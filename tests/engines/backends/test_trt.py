@@ -210,7 +210,7 @@ def test_without_the_library_it_says_how_to_install_it(monkeypatch):
 def test_a_format_that_the_gpu_lacks_names_the_layer(on_gpu):
     layers = {"proj": {"weight": "fp8", "activation": "fp8"}}
     assert trt.check(layers, "sm89") is None
-    with pytest.raises(UserError, match=r"'proj' is fp8, which sm86 has no hardware for") as raised:
+    with pytest.raises(UserError, match=r"'proj' is fp8, with no hardware for it in sm86") as raised:
         trt.check(layers, "sm86")
     assert "--gpu" not in raised.value.fix  # there is but one to build for
 

@@ -28,13 +28,17 @@ from exporter.run_folder import Run
 from exporter.validate import run_mixed
 
 
-def stepped_recipe(weight_bits, bits, *, zero_point=False, split=False):
+def rule(layers, bits, *, zero_point=False, split=False):
+    """A rule that quantizes weights and, with a scale for every step, activations to as many bits."""
     activation = {"format": "int", "bits": bits, "observer": "mse", "granularity": "step", "zero_point": zero_point}
-    rule = {"layers": "*", "split_skips": split, "activation": activation}
-    rule |= {"weight": {"format": "int", "bits": weight_bits}, "method": {"name": "smoothquant"}}
+    weight, method = {"format": "int", "bits": bits}, {"name": "smoothquant"}
+    return {"layers": layers, "split_skips": split, "activation": activation, "weight": weight, "method": method}
+
+
+def stepped_recipe(*rules):
     products = {"layers": "*", "type": "attention", "activation": {"format": "int", "bits": 8, "granularity": "step"}}
     kept = {"layers": "*", "scope": "outside_blocks", "keep": "float"}
-    return recipe.parse("stepped", {"rule": [kept, products, rule]})
+    return recipe.parse("stepped", {"rule": [kept, products, *rules]})
 
 
 SMALL = {
@@ -42,12 +46,13 @@ SMALL = {
     "sample_size": 8,
     "in_channels": 3,
     "out_channels": 3,
-    "block_out_channels": [32, 64],
+    "block_out_channels": [128],  # narrower, what an engine keeps beside weights passes for weights that were expanded
     "layers_per_block": 1,
     "norm_num_groups": 8,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "down_block_types": ["AttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
     "attention_head_dim": 16,
+    "add_attention": False,
 }
 
 
@@ -61,10 +66,10 @@ def small(tmp_path_factory):
 
 
 def test_the_tables_row_may_be_fed_instead_of_its_number(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"num_layers": 1}))
     checkpoint = open_checkpoint(f"random:{tmp_path}", steps=2)
     calibration = calibrate(checkpoint, tmp_path / "calibration", samples=4)
-    source = quantize(checkpoint, stepped_recipe(8, 8), calibration, tmp_path / "quantized")
+    source = quantize(checkpoint, stepped_recipe(rule("*", 8)), calibration, tmp_path / "quantized")
     found = {}
     for way in ("index", "row"):
         graph = lower(source, tmp_path / way, step_input=way)
@@ -78,18 +83,22 @@ def test_the_tables_row_may_be_fed_instead_of_its_number(tmp_path):
 
 def test_a_model_without_scales_by_step_has_no_row_to_feed(small, tmp_path):
     checkpoint, calibration = small
-    rule = {"layers": "*", "weight": {"format": "int", "bits": 8}}
-    source = quantize(checkpoint, recipe.parse("plain", {"rule": [rule]}), calibration, tmp_path / "quantized")
+    plain = recipe.parse("plain", {"rule": [{"layers": "*", "weight": {"format": "int", "bits": 8}}]})
+    source = quantize(checkpoint, plain, calibration, tmp_path / "quantized")
     with pytest.raises(UserError, match="no scales by step"):
         lower(source, tmp_path / "graph", step_input="row")
 
 
-@pytest.mark.parametrize(("weight_bits", "bits", "zero_point"), [(8, 8, False), (4, 4, True)])
-def test_engines_agree_and_multiply_in_int8(weight_bits, bits, zero_point, small, tmp_path):
+def test_engines_agree_and_multiply_in_int8(small, tmp_path):
+    """4 bits with a zero point and 8 without, in one graph; each has convolutions, matmuls and a split shortcut."""
     checkpoint, calibration = small
-    asked = stepped_recipe(weight_bits, bits, zero_point=zero_point, split=True)
+    four = rule("*resnets.0.*", 4, zero_point=True, split=True)
+    asked = stepped_recipe(four, rule("*", 8, split=True))
     source = quantize(checkpoint, asked, calibration, tmp_path / "quantized")
     specs = quantized.specs(source)
+    assert {(spec.activation.bits, "conv" in path, "skip" in path) for path, spec in specs.items()} == {
+        (bits, *kind) for bits in (4, 8) for kind in ((True, True), (True, False), (False, False))
+    }
     stepped = {path for path, spec in specs.items() if spec.steps}
     assert stepped == specs.keys()
     graph = lower(source, tmp_path / "graph" / "fp32", dtype="fp32")
