@@ -83,7 +83,8 @@ def _check(sampler: Json, noise: Latents, wanted: Rows, unwanted: Rows | None) -
             f"this model is sampled with guidance {sampler['guidance_scale']:g}, and no unwanted rows came",
             fix="give `unwanted`: the rows of no class, or of the empty caption",
         )
-    shapes = [{name: np.shape(value) for name, value in rows.items()} for rows in (wanted, unwanted or wanted)]
+    both = (wanted, wanted if unwanted is None else unwanted)
+    shapes = [{name: np.shape(value) for name, value in rows.items()} for rows in both]
     if shapes[0] != shapes[1] or any(shape[:1] != noise.shape[:1] for shape in shapes[0].values()):
         raise UserError(
             f"wanted rows have shapes {shapes[0]}, unwanted ones {shapes[1]}, and there are {len(noise)} samples",

@@ -34,10 +34,9 @@ SECONDS = 20  # that one input may take, on a busy machine
 class Watch:
     """Feeds a target, counts, and writes its result once it is through."""
 
-    def __init__(self, target: str, runs: int, out: Path) -> None:
-        self.target, self.runs, self.out = target, runs, out
-        self.place, self.done, self.started = fuzz_targets.Place(), 0, time.monotonic()
-        self.rss = 0
+    def __init__(self, target: str, runs: int, out: Path, place: fuzz_targets.Place) -> None:
+        self.target, self.runs, self.out, self.place = target, runs, out, place
+        self.done, self.started, self.rss = 0, time.monotonic(), 0
 
     def one(self, data: bytes) -> None:
         fuzz_targets.once(self.target, self.place, data)
@@ -85,18 +84,17 @@ def main() -> None:
     if arguments.target is None or atheris is None:
         sys.exit("name a target, or --table" if atheris else "atheris is not installed\n  fix: pip install atheris")
     warnings.simplefilter("ignore")  # of numbers that overflow: they are the input's
-    watch, corpus = Watch(arguments.target, arguments.runs, arguments.out), arguments.out / arguments.target
+    corpus = arguments.out / arguments.target
     corpus.mkdir(parents=True, exist_ok=True)
     for name, content in fuzz_targets.seeds(arguments.target).items():
         (corpus / f"seed-{name}").write_bytes(content)
     for file in (CORPUS / arguments.target).glob("*"):
         shutil.copyfile(file, corpus / file.name)
     options = [f"-atheris_runs={arguments.runs}", f"-timeout={SECONDS}", f"-artifact_prefix={corpus}-"]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], watch.one)
-    try:
+    with fuzz_targets.Place() as place:
+        watch = Watch(arguments.target, arguments.runs, arguments.out, place)
+        atheris.Setup([sys.argv[0], *options, str(corpus)], watch.one)
         atheris.Fuzz()
-    finally:
-        shutil.rmtree(watch.place.path, ignore_errors=True)
 
 
 if __name__ == "__main__":

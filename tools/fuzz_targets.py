@@ -58,6 +58,12 @@ class Place:
         )
         self.manifest = json.loads((self.bundle / MANIFEST).read_text())
 
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def written(self, name: str, data: bytes) -> Path:
         (self.path / name).parent.mkdir(exist_ok=True)
         (self.path / name).write_bytes(data)
@@ -281,11 +287,8 @@ def once(target: str, place: Place, data: bytes) -> None:
 
 def seeds(target: str) -> dict[str, bytes]:
     """Returns inputs that are whole, from which a corpus begins."""
-    place = Place()
-    try:
-        return _SEEDS.get(target, lambda place: {"none": b""})(place)
-    finally:
-        shutil.rmtree(place.path)
+    with Place() as place:
+        return _SEEDS[target](place)
 
 
 def _zips(place: Place) -> dict[str, bytes]:
