@@ -89,13 +89,16 @@ ODD: Sequence[Any] = (
 
 
 def edited(value: dict[str, Any], data: bytes, odd: Sequence[Any] = ODD) -> dict[str, Any]:
-    """Returns a copy of a JSON object in which each three bytes replace, or take away, what lies at one place."""
+    """Returns a copy of a JSON object in which each three bytes replace, rename or take away what lies at one place."""
     found: dict[str, Any] = json.loads(json.dumps(value))
     for first, second, choice in zip(data[0::3], data[1::3], data[2::3], strict=False):
         places = list(_places(found))
         owner, key = places[(first << 8 | second) % len(places)] if places else (found, "")
-        if choice % (len(odd) + 1) < len(odd):
-            owner[key] = json.loads(json.dumps(odd[choice % (len(odd) + 1)]))
+        times, which = divmod(choice, len(odd) + 1)
+        if which < len(odd):
+            owner[key] = json.loads(json.dumps(odd[which]))
+        elif places and times % 2 and isinstance(owner, dict):
+            owner[str(odd[first % len(odd)])] = owner.pop(key)
         elif places:
             del owner[key]
     return found

@@ -184,6 +184,7 @@ def packed_entry():
         pytest.param([("manifest.json", b"{}"), ("/tmp/out", b"x")], "leaves the folder", id="absolute"),
         pytest.param([("manifest.json", b"{}"), (link(), b"/etc/passwd")], "a link", id="link"),
         pytest.param([("manifest.json", b"{}"), ("folder/", b"")], "a folder", id="folder"),
+        pytest.param([("manifest.json", b"{}"), (zipfile.ZipInfo(""), b"x")], "has no name", id="no name"),
         pytest.param([("manifest.json", b"{}"), (packed_entry(), bytes(1 << 20))], "packed", id="bomb"),
         pytest.param([("manifest.json", b"{}"), ("file", b""), ("file/inside", b"")], "file", id="file as a folder"),
         pytest.param([("manifest.json", b"{}")], "lacks", id="manifest of nothing"),

@@ -70,6 +70,7 @@ def test_each_three_bytes_change_one_place():
     assert edited(value, b"") == value
     assert edited(value, bytes([0, 0, 0])) == {"a": None, "b": [2, {"c": 3}]}
     assert edited(value, bytes([0, 4, len(ODD)])) == {"a": 1, "b": [2, {}]}
+    assert edited(value, bytes([1, 0, 2 * len(ODD) + 1])) == {"a": 1, "True": [2, {"c": 3}]}
     assert edited({}, bytes([0, 0, len(ODD)])) == {}
 
 
