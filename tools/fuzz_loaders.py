@@ -2,7 +2,8 @@
 
 `python tools/fuzz_loaders.py zip --runs 1000000 --out out/fuzz` runs atheris (pip install 'export-engine[fuzz]'),
 guided by coverage, from the corpus in tests/corpus; what it finds lies in --out, and belongs into the corpus, as
-fault-NAME, once it is mended. `--table --out out/fuzz` prints what all targets gave. docs/fuzzing.md says more.
+fault-NAME, once it is mended. `--cpp build/fuzz/fuzz/fuzz_zip` runs a fuzzer of the C++ library instead, and
+`--table` prints what all in --out gave. docs/fuzzing.md says more.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import resource
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -24,6 +27,7 @@ except ImportError:
 sys.path[:0] = [str(Path(__file__).parent)]
 watched = ["engines", "exporter", "zipfile", "tomllib"]
 with atheris.instrument_imports(include=watched) if atheris else contextlib.nullcontext():
+    import cpp_fuzz_seeds
     import fuzz_targets
 
 CORPUS = fuzz_targets.ROOT / "tests/corpus"
@@ -47,15 +51,35 @@ class Watch:
             self._write()
 
     def _write(self) -> None:
-        growth = _peak_rss() - self.rss
-        result = {"target": self.target, "runs": self.done, "seconds": round(time.monotonic() - self.started, 1)}
-        (self.out / f"{self.target}.json").write_text(json.dumps(result | {"rss_growth_bytes": growth}) + "\n")
-        if growth > MAX_RSS_GROWTH:
-            raise MemoryError(f"memory grew by {growth} bytes")
+        write(self.out, self.target, self.done, time.monotonic() - self.started, _peak_rss() - self.rss)
+
+
+def write(out: Path, target: str, runs: int, seconds: float, growth: int) -> None:
+    """Writes a target's result; memory that grew is a fault as well."""
+    result = {"target": target, "runs": runs, "seconds": round(seconds, 1), "rss_growth_bytes": growth}
+    (out / f"{target}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    if growth > MAX_RSS_GROWTH:
+        raise MemoryError(f"memory grew by {growth} bytes")
 
 
 def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_cpp(program: Path, runs: int, out: Path) -> None:
+    """Runs a fuzzer of the C++ library from its whole inputs and the corpus that it shares with Python's."""
+    name = program.name.removeprefix("fuzz_")
+    corpus = out / f"cpp-{name}"
+    corpus.mkdir(parents=True, exist_ok=True)
+    cpp_fuzz_seeds.main(out / "cpp-seeds")
+    options = [f"-runs={runs}", f"-timeout={SECONDS}", "-print_final_stats=1", f"-artifact_prefix={corpus}-"]
+    command, started = [program, corpus, out / "cpp-seeds" / name, *options], time.monotonic()
+    done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-8000:])
+    executed = re.findall(r"number_of_executed_units: (\d+)", done.stderr)
+    used = [int(megabytes) << 20 for megabytes in re.findall(r" rss: (\d+)Mb", done.stderr)]
+    write(out, corpus.name, int(executed[0]), time.monotonic() - started, max(used) - used[0])
 
 
 def table(folder: Path) -> str:
@@ -75,14 +99,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?", choices=list(fuzz_targets.TARGETS))
     parser.add_argument("--runs", type=int, default=1_000_000)
+    parser.add_argument("--cpp", type=Path, metavar="PROGRAM", help="Run this fuzzer of the C++ library.")
     parser.add_argument("--table", action="store_true", help="Print the results in --out instead.")
     parser.add_argument("--out", type=Path, required=True, help="Folder of the growing corpus, and of what is found.")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(arguments.out))
         return
+    if arguments.cpp is not None:
+        run_cpp(arguments.cpp, arguments.runs, arguments.out)
+        return
     if arguments.target is None or atheris is None:
-        sys.exit("name a target, or --table" if atheris else "atheris is not installed\n  fix: pip install atheris")
+        sys.exit("name a target" if atheris else "atheris is not installed\n  fix: pip install 'export-engine[fuzz]'")
     warnings.simplefilter("ignore")  # of numbers that overflow: they are the input's
     corpus = arguments.out / arguments.target
     corpus.mkdir(parents=True, exist_ok=True)
