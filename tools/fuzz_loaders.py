@@ -27,7 +27,6 @@ except ImportError:
 sys.path[:0] = [str(Path(__file__).parent)]
 watched = ["engines", "exporter", "zipfile", "tomllib"]
 with atheris.instrument_imports(include=watched) if atheris else contextlib.nullcontext():
-    import cpp_fuzz_seeds
     import fuzz_targets
 
 CORPUS = fuzz_targets.ROOT / "tests/corpus"
@@ -68,6 +67,8 @@ def _peak_rss() -> int:
 
 def run_cpp(program: Path, runs: int, out: Path) -> None:
     """Runs a fuzzer of the C++ library from its whole inputs and the corpus that it shares with Python's."""
+    import cpp_fuzz_seeds
+
     name = program.name.removeprefix("fuzz_")
     corpus = out / f"cpp-{name}"
     corpus.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 import bench_codebook_kernel as codebooks
 import bundles
 import common
+import cpp_bundles
 
 from engines import artifacts, external_data, loading, schedule
 from engines.artifacts import MANIFEST, NO_DIGEST, Artifact
@@ -31,6 +32,7 @@ from engines.backends import _codebooks, _int4
 from engines.bundle import DIGEST_CHARACTERS, GOLDEN, MARK, _digest_of_zip, open_bundle, pack
 from engines.errors import UserError
 from engines.golden import read_tensors
+from engines.pipeline import Pipeline
 from exporter.checkpoint import open_checkpoint
 from exporter.formats import codebook
 from exporter.formats import int as integers
@@ -57,6 +59,10 @@ class Place:
             self.path / "bundle", step_input="row", guided=True, edit=_with_picture, files={GOLDEN: save(self.golden)}
         )
         self.manifest = json.loads((self.bundle / MANIFEST).read_text())
+        self.captions = bundles.tiny_bundle(
+            self.path / "captions", guided=True, edit=cpp_bundles.with_pipeline, files=_around_an_engine()
+        )
+        self.captions_manifest = json.loads((self.captions / MANIFEST).read_text())
 
     def __enter__(self) -> Place:
         return self
@@ -68,6 +74,19 @@ class Place:
         (self.path / name).parent.mkdir(exist_ok=True)
         (self.path / name).write_bytes(data)
         return self.path / name
+
+
+def _around_an_engine() -> dict[str, bytes]:
+    recorded = {"input_ids": np.ones((2, 3), np.int64), "unwanted_input_ids": np.zeros((2, 3), np.int64)}
+    pictures = {f"picture/{name}": value for name, value in recorded.items()} | {
+        "picture/picture": _picture()["picture/latent"]
+    }
+    return {
+        "text_encoder/fp32/model.onnx": cpp_bundles.text_encoder(),
+        "vae_decoder/fp32/model.onnx": cpp_bundles.decoder(),
+        "tokenizer/tokenizer.json": b"{}",
+        GOLDEN: save(bundles.golden() | _picture() | pictures),
+    }
 
 
 def _picture() -> dict[str, np.ndarray]:
@@ -148,6 +167,19 @@ def _zeros(engine: loading.Engine, shape: Sequence[Any], dtype: str) -> np.ndarr
     if any(size < 0 for size in sizes) or np.prod([float(size) for size in sizes]) > MOST:
         raise UserError(f"an input of {sizes}", fix="an application has no room for it")
     return np.zeros(sizes, np.int64 if dtype == "int64" else np.float32)
+
+
+def pipeline(place: Place, data: bytes) -> None:
+    """The bytes change what a bundle says of its text encoder and VAE, which then draw."""
+    whole = place.captions_manifest["info"]
+    found = whole | {"pipeline": edited(whole["pipeline"], data)}
+    artifacts.seal(place.captions / MANIFEST, place.captions_manifest | {"info": found})
+    drawing = Pipeline(loading.load(place.captions, threads=1), 1)
+    _refused_or(drawing.self_test)
+    entries = [found["pipeline"]["text"], *found["pipeline"]["text"]["more"]]
+    if max(entry["tokens"] for entry in entries) <= MOST:
+        ids = {entry["input"]: np.zeros((2, max(0, entry["tokens"])), np.int64) for entry in entries}
+        _refused_or(lambda: drawing.draw_tokens(ids, ids))
 
 
 def golden(place: Place, data: bytes) -> None:
@@ -270,7 +302,7 @@ def checkpoint(place: Place, data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[Place, bytes], None]] = {
-    "manifest": manifest, "info": info, "golden": golden, "zip": zip_, "safetensors": safetensors,
+    "manifest": manifest, "info": info, "pipeline": pipeline, "golden": golden, "zip": zip_, "safetensors": safetensors,
     "step_table": step_table, "onnx": onnx, "codes": codes, "recipe": recipe, "rules": rules, "checkpoint": checkpoint,
 }  # fmt: skip
 
@@ -320,6 +352,7 @@ def _graphs(place: Place) -> dict[str, bytes]:
 _SEEDS: dict[str, Callable[[Place], dict[str, bytes]]] = {
     "manifest": lambda place: {"whole": json.dumps(place.manifest | {"digest": NO_DIGEST}).encode(), "edit": bytes(3)},
     "info": lambda place: {"edit": bytes([0, 3, 1, 0, 20, 4, 1, 7, 9])},
+    "pipeline": lambda place: {"edit": bytes([0, 3, 1])},
     "golden": lambda place: {"edit": bytes([0, 3, 1])},
     "zip": _zips,
     "safetensors": lambda place: {"whole": (place.bundle / GOLDEN).read_bytes()},
