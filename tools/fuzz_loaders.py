@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -48,6 +49,7 @@ class Watch:
             self.rss = _peak_rss()
         if self.done == self.runs:
             self._write()
+            shutil.rmtree(self.place.path)  # libFuzzer ends the process where it stands
 
     def _write(self) -> None:
         write(self.out, self.target, self.done, time.monotonic() - self.started, _peak_rss() - self.rss)
@@ -75,7 +77,12 @@ def run_cpp(program: Path, runs: int, out: Path) -> None:
     cpp_fuzz_seeds.main(out / "cpp-seeds")
     options = [f"-runs={runs}", f"-timeout={SECONDS}", "-print_final_stats=1", f"-artifact_prefix={corpus}-"]
     command, started = [program, corpus, out / "cpp-seeds" / name, *options], time.monotonic()
-    done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    environment = os.environ | {
+        "ASAN_OPTIONS": "quarantine_size_mb=16"
+    }  # else what was freed is held, and looks leaked
+    done = subprocess.run(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace", check=False, env=environment
+    )
     if done.returncode:
         sys.exit(done.stderr[-8000:])
     executed = re.findall(r"number_of_executed_units: (\d+)", done.stderr)
