@@ -21,6 +21,8 @@ MANIFEST = "manifest.json"
 TIMINGS = "timings.json"  # measured, so outside every digest
 NO_DIGEST = "0" * 64  # stands in a manifest for its own digest while that is taken
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest is text about an artifact; more than this is not one of ours
+MAX_NAME_BYTES = 255  # of a file in an artifact, its folders included: what every file system takes
+TAMPERED = "do not use this folder: it was damaged or tampered with; get it, or make it, again"
 Json = dict[str, Any]
 
 
@@ -94,12 +96,14 @@ def inside(folder: Path, name: str, *, links: bool = False) -> Path:
 
     Model caches keep their files as links to a store elsewhere; artifacts hold none.
     """
+    if not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:  # a NUL or half a character among others
+        raise UserError(f"{folder}: {name[:80]!r} cannot be a file's name", fix=TAMPERED)
     path = folder / name
     leaves = Path(name).is_absolute() or ".." in Path(name).parts
     if leaves or not (links or path.resolve().is_relative_to(folder.resolve())):
         raise UserError(
             f"{folder}: the file name {name!r} leaves the folder",
-            fix="do not use this folder: it was damaged or tampered with; get it, or make it, again",
+            fix=TAMPERED,
         )
     return path
 
@@ -232,6 +236,8 @@ def _well_formed(manifest: Json) -> bool:
         and all(isinstance(e, dict) and {"bytes": int, "sha256": str}.items() == _types(e) for e in files.values())
         and all(isinstance(manifest[key], dict) for key in ("info", "made_from"))
         and all(isinstance(manifest[key], str) for key in ("kind", "digest"))
+        and len(manifest["digest"]) == len(NO_DIGEST)
+        and manifest["digest"].isascii()
     )
 
 

@@ -25,6 +25,7 @@ KIND = "bundle"
 FORMAT_VERSION = 1
 GOLDEN = "golden.safetensors"
 DTYPES = ("int64", "fp32", "float")  # of inputs: the last is the engine's own float type
+OF_ROWS = {"timestep": DTYPES, "step": ("int64",)}  # inputs of one number for each row, and their types
 MARK = b"export-engine sha256 "  # of a zip's comment, before the digest of all that comes before it
 DIGEST_CHARACTERS = 64
 CHUNK = 1 << 20
@@ -196,10 +197,14 @@ def _of_contract(info: Json) -> str | None:
             return f"axis {name!r} has no size from its min to its max"
     if "batch" not in info["axes"]:
         return "there is no axis 'batch'"
-    for entry in info["inputs"]:
+    for entry in [*info["inputs"], info["output"]]:
         axes = [axis for axis in entry["shape"] if isinstance(axis, str)]
-        if entry["dtype"] not in DTYPES or any(axis not in info["axes"] for axis in axes):
-            return f"input {entry['name']!r} is of an unknown type, or has an unknown axis"
+        if entry["dtype"] not in DTYPES or entry["shape"][:1] != ["batch"]:
+            return f"{entry['name']!r} is of an unknown type, or its first axis is not 'batch'"
+        if any(axis not in info["axes"] for axis in axes):
+            return f"{entry['name']!r} has an unknown axis"
+        if entry["name"] in OF_ROWS and (entry["shape"] != ["batch"] or entry["dtype"] not in OF_ROWS[entry["name"]]):
+            return f"input {entry['name']!r} is not one number for each row"
     return None
 
 
@@ -208,7 +213,7 @@ def _of_sampler(info: Json) -> str | None:
     if not sampler["latent"]["shape"] or sampler["latent"]["input"] not in names:
         return "the sampler's latent has no shape, or no input"
     portable = sampler["portable"] or {"steps": sampler["timesteps"]}
-    if not len(sampler["timesteps"]) == len(portable["steps"]) == sampler["steps"]:
+    if not len(sampler["timesteps"]) == len(portable["steps"]) == sampler["steps"] >= 1:
         return "the sampler's timesteps are not as many as its steps"
     return None
 
@@ -216,6 +221,8 @@ def _of_sampler(info: Json) -> str | None:
 def _of_golden(info: Json) -> str | None:
     golden = info["golden"]
     tables = [golden["limits_db"], *([golden["picture"]["limits_db"]] if golden["picture"] else [])]
+    if golden["picture"] and not golden["picture"]["peak"] > 0:
+        return "the golden pictures' peak is not above 0"
     for dtype in {entry["dtype"] for entry in info["engines"].values()}:
         if any(dtype not in table for table in tables):
             return f"golden outputs have no limit for {dtype}"
@@ -233,6 +240,8 @@ def _of_engine(name: str, info: Json, files: Json) -> str | None:
     graph = info["graphs"][engine["dtype"]]["info"]
     if engine["step_input"] != graph["step_input"] or (graph["step_input"] and not graph["fed_timesteps"]):
         return f"engine {name!r} and its graph differ in step_input"
+    if graph["step_input"] and not OF_ROWS.keys() <= {entry["name"] for entry in info["inputs"]}:
+        return f"engine {name!r} is told the step, and not both it and its timestep"
     given = {"step" if entry["name"] == ROW else entry["name"] for entry in graph["inputs"]}
     if given != {entry["name"] for entry in info["inputs"]} or graph["output"] != info["output"]["name"]:
         return f"engine {name!r} and the bundle differ in their inputs or outputs"
@@ -321,11 +330,11 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
         raise UserError(f"{path}: holds no {MANIFEST}", fix="give what `bundle --zip` wrote")
     total, twice = sum(entry.file_size for entry in entries), len(set(names)) < len(names)
     for entry in entries:
-        plain = stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG) and not entry.is_dir()
+        plain = stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG) and entry.filename[-1:] not in ("", "/")
         stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
         if not plain or not stored or entry.flag_bits & 1 or twice:
             raise UserError(
-                f"{path}: {entry.filename!r} is a folder, a link, packed or locked, or names occur twice",
+                f"{path}: {entry.filename!r} is a folder, a link, packed or locked, has no name, or names occur twice",
                 fix="do not use this file: it was damaged or tampered with; get it, or make it, again",
             )
         if entry.filename == MANIFEST and entry.file_size > MAX_MANIFEST_BYTES:

@@ -42,8 +42,11 @@ class Pipeline:
             )
         self.engine, self._text, self._vae, self._constants = engine, info["text"], info["vae"], info["constants"]
         self._inputs: list[Json] = [self._text, *self._text["more"]]
-        self._encoder = self._open(self._text["encoders"], self._text["outputs"], threads)
-        self._decoder = self._open(self._vae["decoders"], [self._vae["output"]], threads) if self._vae else None
+        inputs = [entry["input"] for entry in self._inputs]
+        self._encoder = self._open(self._text["encoders"], inputs, self._text["outputs"], threads)
+        self._decoder = None
+        if self._vae:
+            self._decoder = self._open(self._vae["decoders"], [self._vae["input"]], [self._vae["output"]], threads)
         self._words: dict[str, Words] = {}
 
     def draw(self, captions: Sequence[str], *, seed: int = 0, noise: Floats | None = None) -> Floats:
@@ -123,9 +126,18 @@ class Pipeline:
         ]
         return np.concatenate(parts).clip(-1, 1)
 
-    def _open(self, graphs: Mapping[str, str], outputs: Collection[str], threads: int) -> ort.OrtRunner:
+    def _open(
+        self, graphs: Mapping[str, str], inputs: Collection[str], outputs: Collection[str], threads: int
+    ) -> ort.OrtRunner:
         kind = _held(graphs, self.engine.dtype)
-        session = ort.open_session(self.engine.bundle.file(graphs[kind]), plain_record(kind), threads=threads)
+        file = self.engine.bundle.file(graphs[kind])
+        session = ort.open_session(file, plain_record(kind), threads=threads)
+        takes, gives = ({one.name for one in part} for part in (session.get_inputs(), session.get_outputs()))
+        if not takes <= {*inputs} or not outputs or not gives >= {*outputs}:
+            raise UserError(
+                f"{file}: takes {', '.join(takes)} and gives {', '.join(gives)}, which its manifest does not say",
+                fix="do not use this bundle: it was damaged or tampered with; get it, or make it, again",
+            )
         return ort.OrtRunner(session, "pipeline", list(outputs))
 
     def self_test(self) -> list[Json]:

@@ -28,7 +28,7 @@ def sample(
 
     `watch` is shown every step's number and latents. The steps are those of docs/bundle.md.
     """
-    _check(sampler, noise, unwanted)
+    _check(sampler, noise, wanted, unwanted)
     latent_spec, portable = sampler["latent"], sampler["portable"]
     channels, scale = latent_spec["shape"][0], np.float32(sampler["guidance_scale"])
     rows = dict(wanted)
@@ -43,6 +43,11 @@ def sample(
         feeds = {latent_spec["input"]: given, **rows, **_times(runner, timestep, step, len(given))}
         (output,) = runner.run(feeds).values()
         prediction = output[:, :channels]
+        if prediction.shape != given.shape:
+            raise UserError(
+                f"the engine gives {list(output.shape)} for latents {list(given.shape)}",
+                fix="do not use this bundle: it was damaged or tampered with; get it, or make it, again",
+            )
         if sampler["guided"]:
             with_caption, without = np.split(prediction, 2)
             prediction = without + scale * (with_caption - without)
@@ -61,20 +66,27 @@ def _times(runner: Any, timestep: float, step: int, rows: int) -> dict[str, NDAr
     return {"timestep": np.full(rows, timestep, kind), "step": np.full(rows, step, np.int64)}
 
 
-def _check(sampler: Json, noise: Latents, unwanted: Rows | None) -> None:
+def _check(sampler: Json, noise: Latents, wanted: Rows, unwanted: Rows | None) -> None:
     if sampler["portable"] is None:
         raise UserError(
             f"this bundle's sampler runs in diffusers alone: {sampler['why_not_portable']}",
             fix="use engines.diffusers.denoiser in a pipeline, or your own loop around run()",
         )
-    wanted = tuple(sampler["latent"]["shape"])
-    if noise.shape[1:] != wanted:
+    shape = tuple(sampler["latent"]["shape"])
+    if noise.ndim == 0 or noise.shape[1:] != shape:
         raise UserError(
             f"noise has shape {list(noise.shape)}",
-            fix=f"draw [n, {', '.join(map(str, wanted))}] standard normal numbers",
+            fix=f"draw [n, {', '.join(map(str, shape))}] standard normal numbers",
         )
     if sampler["guided"] and unwanted is None:
         raise UserError(
             f"this model is sampled with guidance {sampler['guidance_scale']:g}, and no unwanted rows came",
             fix="give `unwanted`: the rows of no class, or of the empty caption",
+        )
+    both = (wanted, wanted if unwanted is None else unwanted)
+    shapes = [{name: np.shape(value) for name, value in rows.items()} for rows in both]
+    if shapes[0] != shapes[1] or any(shape[:1] != noise.shape[:1] for shape in shapes[0].values()):
+        raise UserError(
+            f"wanted rows have shapes {shapes[0]}, unwanted ones {shapes[1]}, and there are {len(noise)} samples",
+            fix="give one row of every input for each sample, and as many unwanted ones",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +24,7 @@ class Maybe:
 
 
 NUMBER = (int, float)
+LARGEST = 1 << 63  # of any number: what an int64 holds, and fp32 by far
 
 
 def fault(value: Any, shape: Any, where: str) -> str | None:
@@ -42,6 +44,8 @@ def fault(value: Any, shape: Any, where: str) -> str | None:
     kinds = shape if isinstance(shape, tuple) else (shape,)
     if type(value) not in kinds:  # True is no number here
         return f"{where} is a {type(value).__name__}, not {' or '.join(kind.__name__ for kind in kinds)}"
+    if isinstance(value, (int, float)) and not abs(value) < LARGEST:
+        return f"{where} is {'too large' if math.isfinite(value) else 'infinite'}"
     return None
 
 

@@ -74,7 +74,7 @@ class Checkpoint:
 
     def skeleton(self) -> nn.Module:
         """Builds the module with its buffers real and its parameters without memory."""
-        with parameters_on_meta(), _config_errors(self.folder):
+        with parameters_on_meta(), config_errors(self.folder / "config.json", "no model can be built from it"):
             return self.family.build().eval()
 
     def load(self) -> nn.Module:
@@ -115,14 +115,18 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+# What diffusers and torch raise for values that they cannot build with; NotImplementedError is a RuntimeError.
+CONFIG_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+
+
 @contextlib.contextmanager
-def _config_errors(folder: Path) -> Iterator[None]:
+def config_errors(where: Path | str, why: str) -> Iterator[None]:
+    """Turns what the values of a config lead to into an error with a fix."""
     try:
         yield
-    # what diffusers and torch raise for values that they cannot build with
-    except (TypeError, ValueError, ZeroDivisionError, NotImplementedError) as error:
+    except CONFIG_FAULTS as error:
         raise UserError(
-            f"{folder / 'config.json'}: no model can be built from it ({error})",
+            f"{where}: {why} ({error})",
             fix="compare its numbers and names with a config that diffusers saved for this class",
         ) from error
 
@@ -154,11 +158,14 @@ def _open(root: Path, name: str, steps: int | None, weights_seed: int | None) ->
             fix="give a folder written by diffusers' save_pretrained",
         )
     config = read_json(folder / "config.json", fix=COPY)
-    if "_class_name" not in config:
+    class_name = config.get("_class_name")
+    if not isinstance(class_name, str):
         raise UserError(f"{folder / 'config.json'}: has no _class_name", fix="give a diffusers model's config")
-    class_name = config["_class_name"]
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     family = family_of(class_name, config, str(folder / "config.json"))
+    with config_errors(folder / "config.json", "no inputs follow from it"):
+        for shapes in (family.inputs, family.output, family.axes, family.latent_shape):
+            shapes()
     scheduler, sampler, notes = _sampling(root, steps)
     return Checkpoint(name, root, folder, config, family, scheduler, sampler, weights_seed, notes)
 

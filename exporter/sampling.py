@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engines.errors import UserError, unknown
 from engines.runner import Runner
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import Checkpoint, config_errors
 from exporter.conditions import Conditions
 from exporter.models import Family
 
@@ -38,18 +38,13 @@ def scheduler_for(checkpoint: Checkpoint) -> Any:
     known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     if name not in known:
         raise unknown("scheduler", name, known, str(checkpoint.root))
-    try:
-        scheduler = getattr(diffusers, name).from_config(checkpoint.scheduler)
-    # NotImplementedError: diffusers raises it for a setting that a scheduler does not have
-    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
-        raise UserError(
-            f"{checkpoint.root}: {name} refuses its config ({error})", fix="mend the scheduler's config"
-        ) from error
     steps = checkpoint.sampler["steps"]
-    limit = int(scheduler.config.num_train_timesteps)
-    if not isinstance(steps, int) or not 1 <= steps <= limit:
-        raise UserError(f"{checkpoint.name}: {steps} sampling steps", fix=f"use 1 … {limit} (--steps)")
-    _set_timesteps(scheduler, steps, checkpoint.family)
+    with config_errors(checkpoint.root, f"{name} refuses its config"):
+        scheduler = getattr(diffusers, name).from_config(checkpoint.scheduler)
+        limit = int(scheduler.config.num_train_timesteps)
+        if not isinstance(steps, int) or not 1 <= steps <= limit:
+            raise UserError(f"{checkpoint.name}: {steps} sampling steps", fix=f"use 1 … {limit} (--steps)")
+        _set_timesteps(scheduler, steps, checkpoint.family)
     if _whole_timesteps(checkpoint) and any(float(t) % 1 for t in scheduler.timesteps):
         raise UserError(
             f"{checkpoint.root}: {name} gives timesteps with fractions; {checkpoint.family.CLASS} takes whole ones",

@@ -6,6 +6,7 @@ python tools/cpp_fuzz_seeds.py FOLDER
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,9 +22,11 @@ import cpp_bundles  # noqa: E402
 
 from engines.bundle import pack  # noqa: E402
 
+SHARED = {"json": "manifest", "safetensors": "safetensors", "npy": "step_table", "onnx": "onnx", "zip": "zip"}
+
 
 def main(out: Path) -> None:
-    """Writes one folder for each fuzzer."""
+    """Writes one folder for each fuzzer; what the fuzzing of Python has found is among it."""
     for name in ("json", "manifest", "safetensors", "npy", "onnx", "zip"):
         (out / name).mkdir(parents=True, exist_ok=True)
     info = bundles.info("row", guided=True)
@@ -37,6 +40,9 @@ def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         pack(bundles.tiny_bundle(Path(place) / "tiny"), out / "zip/tiny.zip")
     cpp_bundles.zipped(out / "zip/link.zip", cpp_bundles.ZIPPED["link.zip"][0])
+    for name, shared in SHARED.items():
+        for file in (ROOT / "tests/corpus" / shared).glob("*"):
+            shutil.copyfile(file, out / name / file.name)
 
 
 if __name__ == "__main__":

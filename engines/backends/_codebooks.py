@@ -23,6 +23,8 @@ from onnx import external_data_helper, helper, numpy_helper
 from engines.backends._functions import written_out
 from engines.errors import UserError
 
+DAMAGED = "the graph was damaged, or written by another program: lower the model again"
+FOREIGN = "lower the model with this program: another one wrote this graph"
 DOMAIN, DECODE, MATMUL = "export_engine", "CodebookDequantizeLinear", "CodebookMatMul"
 
 
@@ -71,15 +73,21 @@ class _Graph:
             return None
         tensor = onnx.TensorProto()
         tensor.CopyFrom(self.initializers[name])
-        if external_data_helper.uses_external_data(tensor):
-            external_data_helper.load_external_data_for_tensor(tensor, str(self.path.parent))
-        return numpy_helper.to_array(tensor)
+        try:
+            if external_data_helper.uses_external_data(tensor):
+                external_data_helper.load_external_data_for_tensor(tensor, str(self.path.parent))
+            return numpy_helper.to_array(tensor)
+        except (KeyError, ValueError, onnx.checker.ValidationError) as error:  # the first: of a type there is none of
+            raise UserError(f"{self.path}: {name}: cannot be read ({error})", fix=DAMAGED) from error
 
     def function(self, node: onnx.NodeProto) -> onnx.FunctionProto:
-        """Returns the body of a node of ours."""
+        """Returns the body of a node of ours, which takes codes and their table."""
         key = (node.domain, node.op_type, node.overload)
         functions: list[onnx.FunctionProto] = list(self.model.functions)
-        return next(f for f in functions if (f.domain, f.name, f.overload) == key)
+        found = next((f for f in functions if (f.domain, f.name, f.overload) == key), None)
+        if found is None or {len(found.input), len(node.input)} != {2} or {len(found.output), len(node.output)} != {1}:
+            raise UserError(f"{self.path}: {node.name}: lacks a body that takes codes and a table", fix=FOREIGN)
+        return found
 
 
 def _sweep(model: onnx.ModelProto) -> None:
@@ -104,12 +112,11 @@ def _keep(field: Any, wanted: Callable[[Any], bool]) -> None:
 def _check(node: onnx.NodeProto, graph: _Graph) -> None:
     """Raises a UserError if a weight's codes are fewer than their shape says, or name entries that its table lacks."""
     where = f"{graph.path}: {node.name}"
+    graph.function(node)  # which refuses a node that is none of ours
     codes, table = (graph.initializers.get(name) for name in node.input)
-    if codes is None or table is None or codes.data_type not in (onnx.TensorProto.INT8, onnx.TensorProto.INT4):
-        raise UserError(
-            f"{where}: its codes and table are no constants of INT4 or INT8 codes",
-            fix="lower the model with this program: another one wrote this graph",
-        )
+    integers = (onnx.TensorProto.INT8, onnx.TensorProto.INT4)
+    if codes is None or table is None or codes.data_type not in integers or not table.dims:
+        raise UserError(f"{where}: its codes and table are no constants of INT4 or INT8 codes", fix=FOREIGN)
     bits = 8 if codes.data_type == onnx.TensorProto.INT8 else 4
     wanted, found = math.ceil(math.prod(codes.dims) * bits / 8), _stored_bytes(codes)
     if found != wanted:
@@ -127,7 +134,7 @@ def _check(node: onnx.NodeProto, graph: _Graph) -> None:
     if outside.size:
         raise UserError(
             f"{where}: {outside.size} codes name entries that its table of {words} lacks, {outside[0]} the first",
-            fix="the graph was damaged, or written by another program: lower the model again",
+            fix=DAMAGED,
         )
 
 
@@ -224,7 +231,9 @@ def _multiply_for_fp8(node: onnx.NodeProto, graph: _Graph) -> None:
 
 def _let_fold(function: onnx.FunctionProto) -> None:
     """Lets a body read its codes as they are: they are integers already, less what DequantizeLinear stands in for."""
-    barrier = next(node for node in function.node if node.op_type == "DequantizeLinear")
+    barrier = next((node for node in function.node if node.op_type == "DequantizeLinear"), None)
+    if barrier is None:
+        return
     for node in function.node:
         node.input[:] = [barrier.input[0] if value == barrier.output[0] else value for value in node.input]
     function.node.remove(barrier)

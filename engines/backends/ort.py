@@ -6,7 +6,7 @@ import functools
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,7 +242,7 @@ class OrtRunner:
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         cast = {n: feeds[n].astype(t) if t else np.ascontiguousarray(feeds[n]) for n, t in self._types.items()}
-        outputs = self._session.run(self._outputs, cast)
+        outputs = self._called(self._session.run, self._outputs, cast)
         return {n: np.asarray(o, dtype=np.float32) for n, o in zip(self._outputs, outputs, strict=True)}
 
     def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,8 +262,20 @@ class OrtRunner:
                 kind, number = value.device_name(), feeds[name].__dlpack_device__()[1]
         for name in self._outputs:
             binding.bind_output(name, kind, number)
-        self._session.run_with_iobinding(binding)
+        self._called(self._session.run_with_iobinding, binding)
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+    def _called(self, run: Callable[..., Any], *given: Any) -> Any:
+        """Returns what `run` does; what ONNX Runtime raises has no class of its own beneath Exception."""
+        from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, NotImplemented, RuntimeException
+
+        try:
+            return run(*given)
+        except (Fail, InvalidArgument, NotImplemented, RuntimeException) as error:
+            raise UserError(
+                f"{self.name}: ONNX Runtime cannot run it: {error}",
+                fix="the graph does not fit its manifest, or memory is short: get it, or make it, again",
+            ) from error
 
 
 def open_runner(engine: Artifact, threads: int = 0) -> OrtRunner:

@@ -143,5 +143,5 @@ class Format:
 
 def of_bits(bits: int, deployable: bool = True) -> list[Format]:
     """Returns every split of as many bits; for engines all but E5M2, of which TensorRT takes no weights."""
-    splits = [(exponent, bits - 1 - exponent) for exponent in range(1, bits)]
+    splits = ((exponent, bits - 1 - exponent) for exponent in range(1, bits))  # the first of too many bits is refused
     return [Format(*split) for split in splits if split != (5, 2) or not deployable]

@@ -204,6 +204,21 @@ def test_a_huge_manifest_is_not_even_read(made):
         open_artifact(made, "graph")
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 300, "x/" * 200 + "x"])
+def test_what_cannot_be_a_files_name_is_refused(made, name):
+    resign(made, lambda manifest: manifest["files"].update({name: {"bytes": 1, "sha256": "f" * 64}}))
+    with pytest.raises(UserError, match="cannot be a file's name"):
+        open_artifact(made, "graph")
+
+
+@pytest.mark.parametrize("digest", ["", "0", "\ud800", "é" * 64])
+def test_a_digest_that_is_none_is_refused(made, digest):
+    manifest = json.loads((made / "manifest.json").read_text())
+    (made / "manifest.json").write_text(json.dumps(manifest | {"digest": digest}))
+    with pytest.raises(UserError, match="malformed"):
+        open_artifact(made, "graph")
+
+
 @pytest.mark.parametrize("name", ["../secret", "sub/../../secret", "{root}/secret", "link", "folder-link/secret"])
 def test_a_file_name_that_leaves_the_folder_is_refused_though_all_digests_fit(made, name):
     root = made.parent

@@ -131,6 +131,16 @@ def test_a_newer_format_says_so(folder):
         (lambda info: info["sampler"].update(timesteps=[1.0]), "not as many as its steps"),
         (lambda info: info["graphs"]["fp32"]["info"].pop("layers"), "lacks 'layers'"),
         (lambda info: info.update(inputs={}), "inputs is no list"),
+        (lambda info: info["inputs"][2].update(shape=[2]), "its first axis is not 'batch'"),
+        (lambda info: info["inputs"][2].update(shape=["batch", "tokens"]), "unknown axis"),
+        (lambda info: info["output"].update(dtype="fp64"), "'sample' is of an unknown type"),
+        (lambda info: info["inputs"][1].update(shape=["batch", 2]), "'timestep' is not one number for each row"),
+        (lambda info: info["model"].update(parameters=10**30), "parameters is too large"),
+        (lambda info: info["sampler"].update(timesteps=[], steps=0, portable=None), "not as many as its steps"),
+        (
+            lambda info: info["golden"].update(picture={"runner": "", "count": 1, "limits_db": {"fp32": 1}, "peak": 0}),
+            "peak is not above 0",
+        ),
     ],
 )
 def test_a_malformed_manifest_is_refused_though_its_digest_fits(folder, change, told):
@@ -174,6 +184,7 @@ def packed_entry():
         pytest.param([("manifest.json", b"{}"), ("/tmp/out", b"x")], "leaves the folder", id="absolute"),
         pytest.param([("manifest.json", b"{}"), (link(), b"/etc/passwd")], "a link", id="link"),
         pytest.param([("manifest.json", b"{}"), ("folder/", b"")], "a folder", id="folder"),
+        pytest.param([("manifest.json", b"{}"), (zipfile.ZipInfo(""), b"x")], "has no name", id="no name"),
         pytest.param([("manifest.json", b"{}"), (packed_entry(), bytes(1 << 20))], "packed", id="bomb"),
         pytest.param([("manifest.json", b"{}"), ("file", b""), ("file/inside", b"")], "file", id="file as a folder"),
         pytest.param([("manifest.json", b"{}")], "lacks", id="manifest of nothing"),

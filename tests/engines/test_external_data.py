@@ -49,6 +49,7 @@ def test_a_weight_outside_the_graphs_files_is_refused(root, place):
 
 
 def test_weights_in_the_graphs_own_file_are_let_pass(root):
+    (root / "model.onnx.data").write_bytes(np.float32(0.5).tobytes())
     onnx.save(reaching("model.onnx.data"), root / "model.onnx")
     external_data.check(root / "model.onnx", ["model.onnx", "model.onnx.data"])
 
@@ -64,6 +65,31 @@ def test_a_tensor_deep_inside_is_found_too(root):
 
 def test_what_is_no_onnx_file_is_refused(root):
     (root / "model.onnx").write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match="is no ONNX file"):
+        external_data.check(root / "model.onnx", ["model.onnx"])
+
+
+@pytest.mark.parametrize(("key", "value"), [("length", "4x"), ("offset", "-1")])
+def test_a_weight_at_no_place_in_its_file_is_refused(root, key, value):
+    model = reaching("model.onnx.data")
+    (entry,) = [one for one in model.graph.initializer[0].external_data if one.key == key]
+    entry.value = value
+    onnx.save(model, root / "model.onnx")
+    with pytest.raises(UserError, match="or nowhere"):
+        external_data.check(root / "model.onnx", ["model.onnx", "model.onnx.data"])
+
+
+def test_a_malformed_graph_is_refused(root):
+    model = bundles.network()
+    model.graph.node[0].input.pop()
+    onnx.save(model, root / "model.onnx")
+    with pytest.raises(UserError, match="is malformed"):
+        external_data.check(root / "model.onnx", ["model.onnx"])
+
+
+def test_a_name_that_is_no_text_is_refused(root):
+    content = bundles.network().SerializeToString()
+    (root / "model.onnx").write_bytes(content.replace(b"hidden_states", b"hidden\xff\xfestate"))
     with pytest.raises(UserError, match="is no ONNX file"):
         external_data.check(root / "model.onnx", ["model.onnx"])
 

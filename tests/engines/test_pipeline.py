@@ -122,6 +122,20 @@ def zeros(count):
     return np.zeros((count, *SHAPE), np.float32)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text": {"input": "ids"}},
+        {"text": {"outputs": {}}},
+        {"text": {"outputs": {"other": CAPTION}}},
+        {"vae": {"output": "x"}},
+    ],
+)
+def test_graphs_that_are_not_what_the_manifest_says_are_refused(pipeline, changes):
+    with pytest.raises(UserError, match="which its manifest does not say"):
+        pipeline(**changes)
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_every_caption_has_its_own_picture_however_many_there_are(pipeline, guided):
     opened = pipeline(guided=guided, vae=None)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import engines
+from engines import sampling
 from engines.errors import UserError
 
 NOISE = np.random.default_rng(0).standard_normal((2, *bundles.SHAPE), dtype=np.float32)
@@ -73,3 +74,30 @@ def test_a_sampler_that_needs_diffusers_says_why(tmp_path):
     engine = engines.load(bundles.tiny_bundle(tmp_path / "tiny", edit=edit))
     with pytest.raises(UserError, match="DDPMScheduler is random"):
         engine.sample(NOISE, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unwanted"),
+    [
+        ({"class_labels": np.array([1])}, NONE),
+        ({"class_labels": np.int64(1)}, {"class_labels": np.int64(0)}),
+        (LABELS, {}),
+        (LABELS, {"class_labels": np.array([[0], [0]])}),
+        (LABELS, NONE | {"other": np.array([0, 0])}),
+    ],
+)
+def test_rows_that_are_not_one_for_each_sample_are_refused(tmp_path, wanted, unwanted):
+    engine = engines.load(bundles.tiny_bundle(tmp_path / "tiny", guided=True))
+    with pytest.raises(UserError, match="there are 2 samples"):
+        engine.sample(NOISE, wanted, unwanted)
+
+
+def test_a_network_that_gives_other_latents_than_it_takes_is_refused():
+    class Narrow:
+        inputs = bundles.info()["inputs"]
+
+        def run(self, feeds):
+            return {"sample": feeds["hidden_states"][:, :, :1]}
+
+    with pytest.raises(UserError, match=r"gives \[2, 1, 1, 4\] for latents \[2, 1, 2, 4\]"):
+        sampling.sample(Narrow(), bundles.info()["sampler"], NOISE, LABELS)

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from common import TINY
 from diffusers import DiTTransformer2DModel
 
 from engines.errors import UserError
@@ -64,6 +65,22 @@ def test_the_digest_follows_weights_and_sampler(tiny_folder, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(data)
     assert open_checkpoint(str(model)).digest != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_size": [1, 2, 3]},
+        {"sample_size": "8"},
+        {"in_channels": "x"},
+        {"_class_name": ["DiT"]},
+        {"patch_size": 0},
+    ],
+)
+def test_a_config_that_no_model_follows_from_is_refused(tmp_path, change):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | change))
+    with pytest.raises(UserError, match=r"config\.json: "):
+        open_checkpoint(f"random:{tmp_path}").skeleton()
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 3}, {"num_attention_heads": 3}, {"sample_size": "x"}])

@@ -220,6 +220,31 @@ def damaged(codes, table, how):
     return layer_graph(codes, table)
 
 
+def lacks_table(model):
+    model.graph.node[0].input.pop()
+
+
+def lacks_body(model):
+    del model.functions[:]
+
+
+def of_no_type(model):
+    model.graph.initializer[0].data_type = 85
+
+
+@pytest.mark.parametrize("decode", ["run", "load"])
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [(lacks_table, "lacks a body that takes"), (lacks_body, "lacks a body"), (of_no_type, "no constants of INT4")],
+)
+def test_a_decoder_that_is_none_of_ours_is_refused_at_the_build(decode, edit, told, tmp_path):
+    model = layer_graph(*random_weight(8, 16, Format(2, 16))[:2])
+    edit(model)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=told):
+        _codebooks.rewrite(tmp_path / "model.onnx", decode)
+
+
 @pytest.mark.parametrize("decode", ["run", "load"])
 @pytest.mark.parametrize("fmt", [Format(4, 256), Format(2, 64), Format(2, 16)], ids=["bytes", "6 bits", "nibbles"])
 @pytest.mark.parametrize(

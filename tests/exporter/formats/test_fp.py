@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from engines.errors import UserError
-from exporter.formats.fp import Format
+from exporter.formats.fp import Format, of_bits
 
 SPLITS = [(e, m) for e in range(1, 7) for m in range(8 - e)]
 ML_DTYPES = {
@@ -315,3 +315,8 @@ def test_bad_bit_widths_are_the_users_error(split):
 def test_formats_say_how_they_are_stored(split, kind, carrier, onnx_type):
     fmt = Format(*split)
     assert (fmt.kind, fmt.carrier, fmt.onnx_type) == (kind, carrier, onnx_type)
+
+
+def test_more_bits_than_memory_has_room_for_are_refused_at_once():
+    with pytest.raises(UserError, match="exponent and"):
+        of_bits(1 << 62)
