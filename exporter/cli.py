@@ -390,12 +390,9 @@ def inspect(artifact: Path, as_json: bool) -> None:
     """Check an artifact's files and show what it is and what it was made of."""
     from engines import artifacts, bundle
 
-    whole = artifact.is_file() or artifacts.kind_of(artifact) == bundle.KIND
-    opened = (
-        bundle.open_bundle(artifact).artifact
-        if whole
-        else artifacts.open_artifact(artifact, artifacts.kind_of(artifact))
-    )
+    kind = bundle.KIND if artifact.is_file() else artifacts.kind_of(artifact)
+    whole = kind == bundle.KIND
+    opened = bundle.open_bundle(artifact).artifact if whole else artifacts.open_artifact(artifact, kind)
     manifest = opened.manifest
     if as_json:
         if manifest["kind"] == "quantized":

@@ -378,7 +378,7 @@ def test_a_folder_that_is_no_artifact_is_told_what_one_is(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path, why in ((tmp_path, "holds no manifest.json"), (tmp_path / "gone", "no such folder")):
         assert_refused(invoke("inspect", path), f"{path}: is no artifact: ", why, "RUN/quantized")
-    assert_refused(invoke("inspect", tmp_path / "file"), "it is a file")
+    assert_refused(invoke("inspect", tmp_path / "file"), "no zip that can be read")
 
 
 @pytest.mark.parametrize("name", ["config.json", "sampler.json", "model_index.json", "scheduler/scheduler_config.json"])
