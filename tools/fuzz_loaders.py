@@ -128,6 +128,7 @@ def main() -> None:
         shutil.copyfile(file, corpus / file.name)
     options = [f"-atheris_runs={arguments.runs}", f"-timeout={SECONDS}", f"-artifact_prefix={corpus}-"]
     with fuzz_targets.Place() as place:
+        fuzz_targets.once(arguments.target, place, b"")  # libraries that are imported when first needed take long
         watch = Watch(arguments.target, arguments.runs, arguments.out, place)
         atheris.Setup([sys.argv[0], *options, str(corpus)], watch.one)
         atheris.Fuzz()
