@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import ItemsView, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Artifact:
 
     path: Path
     manifest: Json
+    owner: object = field(default=None, repr=False, compare=False)  # whose end takes the folder away: a zip's bundle
 
     @property
     def digest(self) -> str:
@@ -87,8 +88,12 @@ def digest_json(value: object) -> str:
 
 
 def digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Returns the sha256 of a file; one that may not be read is the user's error."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", fix="make it readable") from error
 
 
 def inside(folder: Path, name: str, *, links: bool = False) -> Path:
@@ -273,7 +278,7 @@ def drafting(path: Path, request: Request, *, resumable: bool = False) -> Iterat
     path = path.resolve()  # so that `.` has a name, and a link keeps pointing at what is written
     partial = path.with_name(f".{path.name}.partial")
     with writing_errors(path):
-        refuse_foreign(path)
+        refuse_foreign(path, request.kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         mark = partial / ".request"
         resumed = resumable and mark.is_file() and mark.read_text(encoding="utf-8") == request.digest
@@ -336,22 +341,29 @@ def refuse_no_folder(path: Path) -> None:
         )
 
 
-def refuse_foreign(path: Path) -> None:
-    """Refuses to write over anything that is not an artifact of ours, or beneath a file."""
+def refuse_foreign(path: Path, kind: str) -> None:
+    """Refuses to write over anything but an artifact of ours and of this kind, within one, or beneath a file."""
     refuse_beneath_file(path)
-    if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
-        raise UserError(
-            f"{path}: is a folder that holds other things (no {MANIFEST} of ours)",
-            fix="choose a new or an empty folder",
-        )
+    if path.is_dir() and any(path.iterdir()) and (found := _kind_if_ours(path)) != kind:
+        other = f"no {MANIFEST} of ours" if found is None else f"a {found}, which a {kind} would replace"
+        raise UserError(f"{path}: is a folder that holds other things ({other})", fix="choose a new or an empty folder")
+    for place in path.parents:
+        if _kind_if_ours(place) is not None:
+            raise UserError(
+                f"{path}: lies within {place}, which would then hold what its manifest does not list",
+                fix="choose a folder outside of it",
+            )
 
 
-def _is_ours(path: Path) -> bool:
+def _kind_if_ours(path: Path) -> str | None:
+    """Returns the kind of an artifact of ours, None for anything else."""
+    if not (path / MANIFEST).is_file():
+        return None
     try:
         manifest = read_json(path / MANIFEST)
     except UserError:
-        return False
-    return manifest.keys() >= {"schema_version", "kind", "digest", "request"}
+        return None
+    return str(manifest["kind"]) if manifest.keys() >= {"schema_version", "kind", "digest", "request"} else None
 
 
 @contextlib.contextmanager

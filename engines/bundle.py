@@ -135,7 +135,7 @@ class Bundle:
             if name.startswith(prefix)
         }
         manifest = {"kind": kind, "digest": entry["digest"], "made_from": made_from, "files": files, "info": info}
-        return Artifact(self.path / entry["folder"], manifest)
+        return Artifact(self.path / entry["folder"], manifest, owner=self)
 
     def close(self) -> None:
         """Removes what a zip was unpacked into."""
@@ -264,6 +264,14 @@ def _of_pipeline(info: Json, files: Collection[str]) -> str | None:
     graphs = [*text["encoders"].values(), *(decoding["decoders"].values() if decoding else ())]
     missing = [name for name in (*tokenizers, *graphs) if name not in files]
     return f"its pipeline's {missing[0]} is not there" if missing else None
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file ends as a bundle's zip does."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - DIGEST_CHARACTERS - len(MARK)))
+        return file.read(len(MARK)) == MARK
 
 
 def pack(folder: Path, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from calib_data.tensors import save_tensors
 from engines import artifacts, schedule
 from engines.artifacts import Artifact, Json, Request
 from engines.backends import ort
-from engines.bundle import FORMAT_VERSION, GOLDEN, KIND, Bundle, open_bundle, pack
+from engines.bundle import FORMAT_VERSION, GOLDEN, KIND, Bundle, is_packed, open_bundle, pack
 from engines.contract import STEP
 from engines.errors import UserError
 from engines.loading import with_versions
@@ -287,14 +288,24 @@ def _place_texts(checkpoint: Checkpoint, run: Run, root: Path) -> None:
 
 
 def bundle_zip(folder: Path, out: Path, *, engines: Sequence[Path] = (), failed: bool = False) -> Artifact:
-    """Writes a run's bundle as one uncompressed zip."""
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder, and --zip writes a file", fix="name a file, such as model.zip")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as place:
-        made = bundle(folder, Path(place) / out.stem, engines=engines, failed=failed)
+    """Writes a run's bundle as one uncompressed zip, over nothing but another of ours."""
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_file() or not is_packed(out)):
+        raise UserError(f"{out}: is there, and no bundle of ours", fix="name a new file, such as model.zip")
+    with _beside(out) as place:
+        made = bundle(folder, place / out.stem, engines=engines, failed=failed)
         pack(made.path, out)
         return Artifact(out, made.manifest)
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder on the disk of `out`."""
+    with artifacts.writing_errors(out):
+        artifacts.refuse_beneath_file(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-")
+    with place as name:
+        yield Path(name)
 
 
 @contextlib.contextmanager
@@ -305,7 +316,19 @@ def opened(
     if out is not None:
         yield open_bundle(out)
         return
-    near.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=near.parent, prefix=".bundle-") as place:
-        bundle(folder, Path(place) / "bundle", engines=engines, failed=failed)
-        yield open_bundle(Path(place) / "bundle")
+    with _beside(near) as place:
+        bundle(folder, place / "bundle", engines=engines, failed=failed)
+        yield open_bundle(place / "bundle")
+
+
+def check_places(out: Path | None, packed: bool, triton: Path | None) -> None:
+    """Refuses places that would lie in each other's way, and a folder that is called like a file."""
+    if out is None and (triton is None or packed):
+        raise UserError("there is nowhere to write to", fix="give --out, --triton, or both (--zip needs --out)")
+    if out is not None and out.suffix == ".zip" and not packed:
+        raise UserError(f"{out}: would be a folder by that name", fix="add --zip, or name a folder")
+    if out is None or triton is None:
+        return
+    ours, theirs = out.resolve(), triton.resolve()
+    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        raise UserError(f"--out {out} and --triton {triton}: one lies in the other", fix="name two folders apart")

@@ -342,13 +342,16 @@ def bundle(
 
     A bundle holds engines, graph, contract, recorded feeds and outputs; a model repository what Triton serves of them.
     """
-    if out is None and (triton is None or packed):
-        raise UserError("there is nowhere to write to", fix="give --out, --triton, or both (--zip needs --out)")
     from exporter import bundle as stage
+    from exporter.verify import failed_checks
 
+    stage.check_places(out, packed, triton)
     if out is not None:
         write = stage.bundle_zip if packed else stage.bundle
-        _done(write(run, out, engines=engines, failed=failed))
+        made = write(run, out, engines=engines, failed=failed)
+        _done(made)
+        for name in failed_checks(made.info):
+            click.echo(f"note: it failed a check of its run: {name}", err=True)
     if triton is not None:
         from exporter import triton as serving
 

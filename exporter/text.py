@@ -62,6 +62,7 @@ def open_pipeline(checkpoint: Checkpoint) -> Any:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it warns of is not the user's to mend
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    diffusers.utils.logging.set_verbosity_error()
     found = components(checkpoint.root)
     encoders = [name for name in found if name.startswith("text_encoder")]
     weightless = [name for name in encoders if not any((checkpoint.root / name).glob("*.safetensors"))]

@@ -27,6 +27,7 @@ def verify(path: Path, backend: str | None = None) -> Json:
     return {
         "bundle": str(path),
         "digest": bundle.artifact.digest,
+        "failed_checks": failed_checks(bundle.info),
         "files": len(bundle.artifact.files()),
         "bytes": bundle.artifact.bytes,
         "engines": engines,
@@ -59,6 +60,8 @@ def contract_lines(info: Json) -> Iterable[str]:
     yield f"sampler  {sampler['scheduler'].get('_class_name', '?')}, {sampler['steps']} steps{guided}{portable}"
     for name, engine in info["engines"].items():
         yield f"engine  {name}: {engine['dtype']}, {engine['weight_bytes']:,} bytes of weights"
+    for name in failed_checks(info):
+        yield f"failed  {name}"
 
 
 def tables(found: Json) -> Iterable[Any]:
@@ -66,6 +69,8 @@ def tables(found: Json) -> Iterable[Any]:
     from rich.table import Table
 
     yield f"{found['bundle']}: {found['files']} files, {found['bytes']:,} bytes, all as its manifest says"
+    for name in found["failed_checks"]:
+        yield f"it failed a check of its run: {name}"
     table = Table(title="recorded feeds and samples, by engine")
     for column in ("engine", "what", "dB", "at least", ""):
         table.add_column(column, justify="right" if column in ("dB", "at least") else "left")
@@ -83,3 +88,8 @@ def decibels(row: Json) -> str:
     if row["value_db"] is not None:
         return f"{row['value_db']:.1f}"
     return "equal" if row["passed"] else "NaN"
+
+
+def failed_checks(info: Json) -> list[str]:
+    """Returns the checks of its run that a bundle's model failed."""
+    return [check["name"] for check in info["checks"] if not check["passed"]]

@@ -494,3 +494,26 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         artifacts.write_json(path, {"a": float("nan")})
     assert artifacts.read_json(path) == {"a": 1}
+
+
+def test_an_artifact_of_another_kind_is_never_replaced(made):
+    with pytest.raises(UserError, match="a graph, which"):
+        make(made, Request("engine", {}, {}, {}))
+    assert kind_of(made) == "graph"
+
+
+def test_nothing_is_written_into_an_artifact(made):
+    with pytest.raises(UserError, match="lies within") as caught:
+        make(made / "sub" / "other")
+    assert "outside" in caught.value.fix
+    assert open_artifact(made, "graph").info == {"layers": 2}
+
+
+def test_a_file_that_may_not_be_read_is_the_users_to_mend(made, monkeypatch):
+    def refuse(*_):  # root, who tests may run as, may read all
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("hashlib.file_digest", refuse)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        open_artifact(made, "graph")
+    assert caught.value.fix == "make it readable"

@@ -13,7 +13,9 @@ from engines import artifacts, golden
 from engines.artifacts import Request
 from engines.bundle import open_bundle
 from engines.errors import UserError
-from exporter.bundle import bundle, bundle_zip
+from exporter.bundle import bundle, bundle_zip, check_places
+from exporter.run_folder import open_run
+from exporter.verify import contract_lines, verify
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,9 @@ def test_a_failed_run_is_bundled_only_when_asked_for(run, tmp_path):
     assert "--failed" in caught.value.fix
     found = bundle(folder, tmp_path / "out", failed=True)
     assert found.info["checks"] == [failed]
+    told = verify(tmp_path / "out")
+    assert told["failed_checks"] == ["lowering ort step 0"]
+    assert "failed  lowering ort step 0" in contract_lines(found.info)
 
 
 def engine_for(run, folder, graph, gpu):
@@ -127,3 +132,53 @@ def test_a_further_engine_of_the_runs_graph_goes_in_and_one_of_another_does_not(
     assert found.info["engines"]["trt-rtx-sm120"]["versions"] == {"tensorrt_rtx": "1.7"}
     with pytest.raises(UserError, match="built of another graph"):
         bundle(run, tmp_path / "other", engines=[engine_for(run, tmp_path / "foreign", "0" * 64, "sm120")])
+
+
+@pytest.mark.parametrize("place", ["quantized", "engines/ort", "graph/fp32/inside"])
+def test_the_run_that_is_read_is_not_written_over(run, tmp_path, place):
+    folder = copy_of(run, tmp_path / "run")
+    with pytest.raises(UserError, match=r"which a bundle would replace|lies within"):
+        bundle(folder, folder / place)
+    assert open_run(folder)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_zip_is_written_over_nothing_but_another_of_ours(run, tmp_path, kind):
+    out = tmp_path / "mine.zip"
+    if kind == "folder":
+        out.mkdir()
+    else:
+        (tmp_path / "precious").write_text("precious")
+        out.symlink_to("precious") if kind == "link" else out.write_text("precious")
+    with pytest.raises(UserError, match="is there, and no bundle of ours"):
+        bundle_zip(run, out)
+    assert kind == "folder" or out.read_text() == "precious"
+
+
+def test_a_zip_replaces_an_earlier_one(run, tmp_path):
+    for _ in range(2):
+        assert bundle_zip(run, tmp_path / "int8.zip").digest
+
+
+@pytest.mark.parametrize(
+    ("out", "packed", "triton", "told"),
+    [
+        (None, False, None, "nowhere to write"),
+        (None, True, "models", "nowhere to write"),
+        ("a.zip", False, None, "would be a folder by that name"),
+        ("same", False, "same", "one lies in the other"),
+        ("models/b", False, "models", "one lies in the other"),
+        ("b", False, "b/models", "one lies in the other"),
+    ],
+)
+def test_places_that_are_in_each_others_way_are_refused(tmp_path, out, packed, triton, told):
+    with pytest.raises(UserError, match=told):
+        check_places(out and tmp_path / out, packed, triton and tmp_path / triton)
+
+
+def test_an_engine_is_built_from_a_zip(run, tmp_path):
+    from engines.build import build, graph_of
+
+    made = bundle_zip(run, tmp_path / "int8.zip")
+    built = build(graph_of(made.path, "ort"), "ort", tmp_path / "mine")
+    assert engines.load(made.path, engine=built.path).name == "mine"
