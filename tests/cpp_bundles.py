@@ -33,8 +33,37 @@ def good(root):
     bundles.tiny_bundle(root / "half", edit=with_half, files={"engines/half/model.onnx": half})
     parts = {"text_encoder/fp32/model.onnx": text_encoder(), "vae_decoder/fp32/model.onnx": decoder()}
     parts["tokenizer/tokenizer.json"] = b"{}"
-    bundles.tiny_bundle(root / "pipeline", guided=True, edit=with_pipeline, files=parts)
+    recorded, zeros = pictures(), pictures(nothing=0)
+    others = recorded | {"picture/picture": recorded["picture/picture"] + 1}
+    bundles.tiny_bundle(root / "pipeline", guided=True, edit=with_pipeline, files=parts | {GOLDEN: save(recorded)})
+    bundles.tiny_bundle(root / "other_pictures", guided=True, edit=with_pipeline, files=parts | {GOLDEN: save(others)})
+    parts[GOLDEN] = save(zeros)
     bundles.tiny_bundle(root / "zeros", guided=True, edit=lambda info: with_pipeline(info, "zeros"), files=parts)
+    bundles.tiny_bundle(root / "table", files={MODEL: with_table()})
+
+
+def with_table():
+    """Returns the network with a table of ten labels, beyond which it takes none."""
+    model = bundles.network()
+    model.graph.initializer.append(helper.make_tensor("table", TensorProto.INT64, [10], range(10)))
+    model.graph.node.insert(0, helper.make_node("Gather", ["table", "class_labels"], ["label"]))
+    next(node for node in model.graph.node if node.op_type == "Cast").input[0] = "label"
+    return model.SerializeToString()
+
+
+def pictures(nothing=1):
+    """Returns what a pipeline's bundle has recorded: two captions that begin with 3 and 5, and the empty one."""
+    noise = np.random.default_rng(0).standard_normal((2, *bundles.SHAPE), dtype=np.float32)
+    wanted, unwanted = np.array([3, 5]), np.full(2, nothing)
+    latent = noise
+    for _ in range(3):
+        half, other = latent * np.float32(0.5) + wanted[:, None, None, None], latent * np.float32(0.5) + nothing
+        latent = (latent - 0.25 * (other + 2 * (half - other))).astype(np.float32)
+    return bundles.golden() | {
+        "picture/noise": noise, "picture/latent": latent, "picture/wanted/class_labels": wanted,
+        "picture/unwanted/class_labels": unwanted, "picture/input_ids": np.array([[3, 2, 0], [5, 2, 0]]),
+        "picture/unwanted_input_ids": np.array([[1, 2, 0]] * 2), "picture/picture": (latent / 64 + 0.25).clip(-1, 1),
+    }  # fmt: skip
 
 
 def foreign(info):
@@ -52,14 +81,15 @@ def with_pipeline(info, unwanted="caption"):
         "text": {
             "tokenizer": "tokenizer/tokenizer.json", "tokens": 3, "pad": 0, "bos": 1, "eos": 2, "input": "input_ids",
             "more": [], "encoders": {"fp32": "text_encoder/fp32/model.onnx"}, "outputs": {"first": "class_labels"},
-            "unwanted": unwanted, "limits_db": {"fp32": 0.0},
+            "unwanted": unwanted, "limits_db": {"fp32": 60.0},
         },
         "constants": {},
         "vae": {
             "decoders": {"fp32": "vae_decoder/fp32/model.onnx"}, "input": "latent", "output": "picture",
-            "scaling_factor": 64.0, "shift_factor": 0.25, "limits_db": {"fp32": 0.0},
+            "scaling_factor": 64.0, "shift_factor": 0.25, "limits_db": {"fp32": 60.0},
         },
     }  # fmt: skip
+    info["golden"]["picture"] = {"runner": "ort", "count": 2, "limits_db": {"fp32": 60.0}, "peak": 2.0}
 
 
 def _model(node, inputs, outputs, constants):

@@ -143,13 +143,72 @@ def test_calls_are_timed_one_by_one(built, good):
     assert len(found["ms"]) == 3 and min(found["ms"]) > 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["--bench"], ["--bench", "x"], ["no such bundle"], ["a", "--other"]])
-def test_the_runner_says_what_it_cannot_do(built, arguments):
+def ran(built, *arguments):
+    return subprocess.run(
+        [built / "examples/export-engine-run", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "no BUNDLE"),
+        (["TINY", "--bench"], "--bench wants a value"),
+        (["TINY", "--bench", "x"], "--bench x: not a whole number"),
+        (["TINY", "--threads", "4294967296"], "--threads 4294967296: not a whole number"),
+        (["TINY", "--bench", "0"], "--bench 0: times nothing"),
+        (["TINY", "--step", "2"], "there is no --bench"),
+        (["TINY", "--step", "7", "--bench", "5"], "--step 7: no call was recorded there\n  fix: give one of 0, 2"),
+        (["TINY", "--sample"], "--sample: nothing says where to write"),
+        (["TINY", "--backend", "abacus"], "backend 'abacus': unknown to this library; the bundle has ort (ort)"),
+        (["TINY", "--engine", "bad"], "engine 'bad': unknown; the bundle has ort"),
+        (["TINY", "--out", "/no folder/x"], "/no folder/x: cannot be written (No such file or directory)\n  fix: name"),
+        (["TINY", "--sample", "--out", "out"], "no picture/noise\n  fix: leave out --sample"),
+        (["no such bundle"], "no such bundle: cannot be opened"),
+        (["TINY", "--other"], "--other: unknown\nusage: "),
+    ],
+)
+def test_the_runner_says_what_it_cannot_do(built, good, arguments, told):
+    found = ran(built, *(good / "tiny" if word == "TINY" else word for word in arguments))
+    assert found.returncode == 2 and not found.stdout
+    assert found.stderr.startswith("error: ") and told in found.stderr
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_the_runner_tells_its_usage(built, word):
+    assert done(built / "examples/export-engine-run", word).startswith("usage: export-engine-run BUNDLE")
+
+
+def test_the_runner_says_what_it_opened_and_wrote(built, good, tmp_path):
+    said = "tiny, recipe none, by its engine ort (fp32, ort)\n"
+    assert ran(built, good / "tiny").stdout == f"{good / 'tiny'}: opened: {said}"
+    out = tmp_path / "out.safetensors"
+    assert ran(built, good / "tiny", "--out", out).stdout == f"{out}: 2 arrays of {said}"
+
+
+def test_the_runners_self_test_is_of_the_whole_pipeline(built, good):
+    told = done(built / "examples/export-engine-run", good / "pipeline", "--self-test")
+    whats = ["step 0", "step 2", "2 samples", "text encoder, wanted", "text encoder, unwanted", "VAE decoder"]
+    assert [line.split(": ")[1] for line in told.splitlines()] == whats
+    assert ran(built, good / "other_pictures", "--self-test").returncode == 3
+
+
+def test_what_a_zip_was_unpacked_into_goes_where_the_runner_fails(built, good, tmp_path):
+    program = built / "examples/export-engine-run"
     found = subprocess.run(
-        [built / "examples/export-engine-run", *arguments], capture_output=True, text=True, check=False
+        [program, good / "tiny.zip", "--step", "7", "--bench", "1"],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        check=False,
     )
     assert found.returncode == 2
-    assert found.stderr.startswith("error: ")
+    assert not list(tmp_path.glob("export-engine-*"))
+
+
+def test_a_seed_that_is_no_number_is_refused(built, good, tmp_path):
+    command = [built / "examples/draw_digits", good / "tiny", tmp_path / "x.png", "x"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: seed x: no whole number")
 
 
 def test_an_installed_package_is_found_by_another_project(built, good, tmp_path):

@@ -1,8 +1,11 @@
 // Draws the digits 0 … 9 with a bundle of digits-dit: draw_digits BUNDLE OUT.png [SEED]
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <optional>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "export_engine/export_engine.hpp"
@@ -17,8 +20,19 @@ static int failed(const ee::Status& status) {
   return 2;
 }
 
+// Returns the seed that a text gives, or nothing where it is no whole number that the generator takes.
+static std::optional<std::uint32_t> seed_of(const std::string& text) {
+  std::uint32_t seed = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), seed);
+  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return seed;
+}
+
 int main(int argc, char** argv) {
   if (argc < 3) return std::fprintf(stderr, "usage: draw_digits BUNDLE OUT.png [SEED]\n"), 2;
+  const auto seed = seed_of(argc > 3 ? argv[3] : "0");
+  if (!seed)
+    return std::fprintf(stderr, "error: seed %s: no whole number of 0 … 4294967295\n  fix: give one\n", argv[3]), 2;
   auto bundle = ee::Bundle::open(argv[1]);
   if (!bundle) return failed(bundle.status());
   auto engine = ee::Engine::open(*bundle);
@@ -27,7 +41,7 @@ int main(int argc, char** argv) {
   if (!sampler) return failed(sampler.status());
 
   constexpr std::int64_t DIGITS = 10, SIDE = 8, SCALE = 8;
-  std::mt19937 generator(argc > 3 ? static_cast<unsigned>(std::atoi(argv[3])) : 0);
+  std::mt19937 generator(*seed);
   std::normal_distribution<float> normal;
   std::vector<float> noise(DIGITS * SIDE * SIDE);
   for (float& value : noise) value = normal(generator);

@@ -1,8 +1,12 @@
 // export-engine-run: everything the library does, from the command line.
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -15,26 +19,27 @@ namespace {
 
 const char* const USAGE =
     "usage: export-engine-run BUNDLE [--engine NAME] [--backend ort|trt] [--device cpu|cuda|tensorrt] [--threads N]\n"
-    "  --self-test          compare the recorded calls and samples, and print each\n"
+    "  with none of these   open the bundle and its engine, and say which it is\n"
+    "  --self-test          compare the recorded calls and samples, a pipeline's captions and pictures too, and print\n"
+    "                       each\n"
     "  --out FILE           write what the first rows of the recorded calls give, as many as the engine likes best at\n"
     "                       once, as <step>/output to a safetensors file\n"
-    "  --sample             draw the recorded picture's samples too: picture/latent\n"
-    "  --draw               draw whole pictures too, from the recorded tokens: picture/picture\n"
+    "  --sample             draw the recorded picture's samples too, for --out: picture/latent\n"
+    "  --draw               draw whole pictures too, from the recorded tokens, for --out: picture/picture\n"
     "  --step N             the recorded call that --bench repeats (default: the first)\n"
-    "  --bench N            time N calls after 10 others, and print JSON\n";
+    "  --bench N            time N calls after 10 others, and print JSON\n"
+    "  --help               print this\n";
 
 struct Arguments {
   std::string bundle, out;
   ee::EngineOptions engine;
-  long bench = 0, step = -1;
-  bool self_test = false, sample = false, draw = false;
+  long bench = -1, step = -1;
+  bool self_test = false, sample = false, draw = false, help = false;
 };
 
-// Ends the program as export-engine does: one message, and 2.
-[[noreturn]] void fail(const std::string& text) {
-  std::fprintf(stderr, "error: %s\n", text.c_str());
-  std::exit(2);
-}
+// Ends the program as export-engine does, with one message and 2; main() catches, so that what a zip was unpacked into
+// goes too.
+[[noreturn]] void fail(const std::string& text) { throw std::runtime_error(text); }
 
 template <class T>
 T taken(ee::Result<T> result) {
@@ -45,8 +50,19 @@ T taken(ee::Result<T> result) {
 long number(const std::string& name, const std::string& text) {
   char* end = nullptr;
   const long value = std::strtol(text.c_str(), &end, 10);
-  if (text.empty() || *end || value < 0) fail(name + " " + text + ": not a whole number\n" + USAGE);
+  if (text.empty() || *end || value < 0 || value > INT_MAX) fail(name + " " + text + ": not a whole number\n" + USAGE);
   return value;
+}
+
+// Refuses arguments that would do nothing.
+void check(const Arguments& arguments) {
+  if (arguments.bundle.empty()) fail(std::string("no BUNDLE\n") + USAGE);
+  if (arguments.bench == 0) fail("--bench 0: times nothing\n  fix: give 1 or more");
+  if (arguments.step >= 0 && arguments.bench < 0)
+    fail("--step says what --bench repeats, and there is no --bench\n  fix: add --bench N");
+  for (const auto& [name, asked] : {std::pair{"--sample", arguments.sample}, {"--draw", arguments.draw}})
+    if (asked && arguments.out.empty())
+      fail(std::string(name) + ": nothing says where to write what is drawn\n  fix: add --out FILE");
 }
 
 Arguments parsed(const std::vector<std::string>& words) {
@@ -74,12 +90,14 @@ Arguments parsed(const std::vector<std::string>& words) {
       arguments.sample = true;
     else if (word == "--draw")
       arguments.draw = true;
-    else if (word.compare(0, 2, "--") && arguments.bundle.empty())
+    else if (word == "--help" || word == "-h")
+      arguments.help = true;
+    else if (word.compare(0, 1, "-") && arguments.bundle.empty())
       arguments.bundle = word;
     else
       fail(word + ": unknown\n" + USAGE);
   }
-  if (arguments.bundle.empty()) fail(std::string("no BUNDLE\n") + USAGE);
+  if (!arguments.help) check(arguments);
   return arguments;
 }
 
@@ -92,7 +110,7 @@ ee::Feeds under(const ee::Arrays& arrays, const std::string& prefix) {
 
 const ee::Array& golden(const ee::Arrays& arrays, const std::string& name) {
   const auto found = arrays.find(name);
-  if (found == arrays.end()) fail("golden.safetensors: has no " + name);
+  if (found == arrays.end()) fail("the bundle has recorded no " + name + "\n  fix: leave out --sample and --draw");
   return found->second;
 }
 
@@ -103,12 +121,44 @@ ee::Feeds recorded(const ee::Bundle& bundle, const ee::Arrays& arrays, std::int6
   return feeds;
 }
 
-bool self_test(const ee::Engine& engine) {
-  const ee::SelfTest test = taken(engine.self_test());
+bool passed(const ee::Engine& engine, const ee::SelfTest& test) {
   for (const ee::GoldenRow& row : test.rows)
     std::printf("%s: %s: %.1f dB, at least %.1f: %s\n", engine.info().name.c_str(), row.what.c_str(), row.value_db,
                 row.limit_db, row.passed ? "passed" : "FAILED");
   return test.passed();
+}
+
+bool pipeline_passes(const ee::Bundle& bundle, const ee::EngineOptions& options) {
+  if (!bundle.info().pipeline) return true;
+  const auto untested = [](const std::string& why) {
+    std::printf("text encoder and VAE: not tested: %s\n", why.c_str());
+    return true;
+  };
+  if (!bundle.info().golden.picture) return untested("the bundle has recorded no pictures");
+  const auto& sampler = bundle.info().sampler;
+  if (!sampler || !sampler->portable) return untested("the bundle holds no steps to sample by");
+  const ee::Pipeline pipeline = taken(ee::Pipeline::open(bundle, options));
+  return passed(pipeline.engine(), taken(pipeline.self_test()));
+}
+
+bool self_test(const ee::Bundle& bundle, const ee::Engine& engine, const ee::EngineOptions& options) {
+  const bool denoiser = passed(engine, taken(engine.self_test()));
+  return pipeline_passes(bundle, options) && denoiser;
+}
+
+// Returns the step that --bench repeats.
+std::int64_t benched(const std::vector<std::int64_t>& steps, long asked) {
+  if (asked < 0) return steps[0];
+  if (std::find(steps.begin(), steps.end(), asked) != steps.end()) return asked;
+  std::string known;
+  for (const std::int64_t step : steps) known += (known.empty() ? "" : ", ") + std::to_string(step);
+  fail("--step " + std::to_string(asked) + ": no call was recorded there\n  fix: give one of " + known);
+}
+
+std::string said(const ee::Bundle& bundle, const ee::Engine& engine) {
+  const ee::EngineInfo& info = engine.info();
+  return bundle.info().model + ", recipe " + bundle.info().recipe + ", by its engine " + info.name + " (" + info.dtype +
+         ", " + info.backend + ")";
 }
 
 void bench(const ee::Engine& engine, const ee::Feeds& feeds, long calls) {
@@ -147,26 +197,45 @@ ee::Array drawn(const ee::Bundle& bundle, const ee::EngineOptions& options, cons
   return taken(pipeline.draw(tokens, golden(arrays, "picture/noise").view(), draw));
 }
 
+ee::Arrays outputs_of(const Arguments& arguments, const ee::Bundle& bundle, const ee::Engine& engine,
+                      const ee::Arrays& arrays) {
+  ee::Arrays outputs;
+  for (const std::int64_t step : bundle.info().golden.steps)
+    outputs.emplace(std::to_string(step) + "/output", taken(engine.run(recorded(bundle, arrays, step))));
+  if (arguments.sample) outputs.emplace("picture/latent", sampled(engine, arrays));
+  if (arguments.draw) outputs.emplace("picture/picture", drawn(bundle, arguments.engine, arrays));
+  return outputs;
+}
+
+int run(const Arguments& arguments) {
+  const ee::Bundle bundle = taken(ee::Bundle::open(arguments.bundle));
+  const ee::Engine engine = taken(ee::Engine::open(bundle, arguments.engine));
+  if (!arguments.self_test && arguments.bench < 0 && arguments.out.empty())
+    return std::printf("%s: opened: %s\n", arguments.bundle.c_str(), said(bundle, engine).c_str()), 0;
+  const ee::Arrays arrays = taken(bundle.golden());
+  const auto& steps = bundle.info().golden.steps;
+  if (steps.empty()) fail("the bundle has no recorded calls\n  fix: leave out --self-test, --bench and --out");
+
+  if (arguments.self_test && !self_test(bundle, engine, arguments.engine)) return 3;
+  if (arguments.bench > 0) bench(engine, recorded(bundle, arrays, benched(steps, arguments.step)), arguments.bench);
+  if (arguments.out.empty()) return 0;
+  const ee::Arrays outputs = outputs_of(arguments, bundle, engine, arrays);
+  if (!write_safetensors(arguments.out, outputs))
+    fail(arguments.out + ": cannot be written (" + std::strerror(errno) + ")\n  fix: name a file in a folder that is " +
+         "there, and that you may write to");
+  // With --bench, JSON stands on stdout.
+  std::fprintf(arguments.bench > 0 ? stderr : stdout, "%s: %zu arrays of %s\n", arguments.out.c_str(), outputs.size(),
+               said(bundle, engine).c_str());
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Arguments arguments = parsed({argv + 1, argv + argc});
-  const ee::Bundle bundle = taken(ee::Bundle::open(arguments.bundle));
-  const ee::Engine engine = taken(ee::Engine::open(bundle, arguments.engine));
-  const ee::Arrays arrays = taken(bundle.golden());
-  const auto& steps = bundle.info().golden.steps;
-  if (steps.empty()) fail("the bundle has no recorded calls");
-
-  if (arguments.self_test && !self_test(engine)) return 3;
-  if (arguments.bench) {
-    const auto step = arguments.step < 0 ? steps[0] : static_cast<std::int64_t>(arguments.step);
-    bench(engine, recorded(bundle, arrays, step), arguments.bench);
+  try {
+    const Arguments arguments = parsed({argv + 1, argv + argc});
+    return arguments.help ? std::fputs(USAGE, stdout), 0 : run(arguments);
+  } catch (const std::runtime_error& error) {
+    return std::fprintf(stderr, "error: %s\n", error.what()), 2;
   }
-  ee::Arrays outputs;
-  if (!arguments.out.empty())
-    for (const std::int64_t step : steps)
-      outputs.emplace(std::to_string(step) + "/output", taken(engine.run(recorded(bundle, arrays, step))));
-  if (arguments.sample) outputs.emplace("picture/latent", sampled(engine, arrays));
-  if (arguments.draw) outputs.emplace("picture/picture", drawn(bundle, arguments.engine, arrays));
-  if (!arguments.out.empty() && !write_safetensors(arguments.out, outputs)) fail(arguments.out + ": cannot be written");
 }

@@ -62,7 +62,7 @@ void check_files(const Manifest& manifest, const std::string& folder, const std:
 
 std::string manifest_of(const std::string& folder, const std::string& where) {
   const std::string path = folder + "/" + MANIFEST;
-  if (!exists(path))
+  if (is_missing(path))
     throw Fault(Code::not_found, where + ": not a bundle (no " + MANIFEST + ")",
                 "give the folder or the zip that `export-engine bundle` wrote");
   return File(path).all(MOST_MANIFEST_BYTES);

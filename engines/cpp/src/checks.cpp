@@ -32,7 +32,8 @@ void check_axis(const EngineInfo& engine, const Port& port, const std::string& n
   const std::string where = engine.name + ": '" + port.name + "' has " + name + " " + std::to_string(size);
   if (size < axis.min || size > axis.max || size % axis.multiple)
     refuse(where + ", and " + name + " may be " + range_of(axis),
-           name == "batch" ? "feed fewer or more rows at once" : "feed another size, or build an engine for this one");
+           name == "batch" ? "feed so many rows at once: " + range_of(axis)
+                           : "feed another size, or build an engine for this one");
   const auto [known, first] = sizes.emplace(name, size);
   if (!first && known->second != size)
     refuse(where + ", and inputs before it have " + std::to_string(known->second), "feed the same for every input");

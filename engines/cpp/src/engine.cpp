@@ -30,8 +30,23 @@ std::string said(const Info& info, const EngineOptions& options) {
   });
 }
 
+// Refuses names that nothing has: another machine would not run them either.
+void check_names(const Info& info, const EngineOptions& options) {
+  const std::string known = keys_of(info.engines);
+  if (!options.name.empty() && !info.engines.count(options.name))
+    throw Fault(Code::not_found, "engine '" + options.name + "': unknown; the bundle has " + known,
+                "name one of those, or none for the best that can run here");
+  if (!options.backend.empty() && options.backend != "ort" && options.backend != "trt")
+    throw Fault(
+        Code::not_found,
+        "backend '" + options.backend + "': unknown to this library; the bundle has " +
+            joined(info.engines, [](const auto& named) { return named.first + " (" + named.second.backend + ")"; }),
+        "ask for ort or trt, which it runs, or for none");
+}
+
 // Returns the engine that was named, else ONNX Runtime's, else one of TensorRT's.
 const EngineInfo& picked(const Info& info, const EngineOptions& options) {
+  check_names(info, options);
   const EngineInfo* best = nullptr;
   for (const auto& [name, engine] : info.engines) {
     if (!options.name.empty() && options.name != name) continue;

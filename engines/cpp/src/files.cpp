@@ -88,13 +88,17 @@ void check_name(const std::string& name, const std::string& where) {
 
 std::map<std::string, std::uint64_t> files_under(const std::string& folder) {
   std::map<std::string, std::uint64_t> found;
-  for (auto entry = fs::recursive_directory_iterator(folder); entry != fs::recursive_directory_iterator(); ++entry) {
-    const fs::file_status status = entry->symlink_status();
+  std::error_code error;
+  fs::recursive_directory_iterator entry(folder, error);
+  for (; !error && entry != fs::recursive_directory_iterator(); entry.increment(error)) {
+    const fs::file_status status = entry->symlink_status(error);
+    if (error) break;
     const std::string name = entry->path().lexically_relative(folder).generic_string();
     if (fs::is_directory(status)) continue;
     if (!fs::is_regular_file(status)) damaged(folder + ": '" + name + "' is a link or no regular file");
     found.emplace(name, entry->file_size());
   }
+  if (error) refused(folder, "listed whole", error.value());
   return found;
 }
 
@@ -103,9 +107,9 @@ bool is_folder(const std::string& path) {
   return fs::is_directory(path, ignored);
 }
 
-bool exists(const std::string& path) {
+bool is_missing(const std::string& path) {
   std::error_code ignored;
-  return fs::exists(path, ignored);
+  return fs::status(path, ignored).type() == fs::file_type::not_found;
 }
 
 TemporaryFolder::TemporaryFolder(const std::string& parent) {

@@ -37,7 +37,7 @@ void check_name(const std::string& name, const std::string& where);
 std::map<std::string, std::uint64_t> files_under(const std::string& folder);
 
 bool is_folder(const std::string& path);
-bool exists(const std::string& path);
+bool is_missing(const std::string& path);  // not so where a folder above it lets nobody look
 
 // A folder of this process alone that is removed with all it holds.
 class TemporaryFolder {

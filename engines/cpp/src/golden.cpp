@@ -1,10 +1,10 @@
 // An engine against what was recorded when its bundle was made.
 #include <algorithm>
-#include <cmath>
 
 #include "engine_impl.hpp"
 #include "export_engine/sampler.hpp"
 #include "fault.hpp"
+#include "golden.hpp"
 #include "rows.hpp"
 
 namespace export_engine {
@@ -19,21 +19,6 @@ Feeds under(const Arrays& arrays, const std::string& prefix) {
     feeds.emplace(at->first.substr(prefix.size()), at->second.view());
   return feeds;
 }
-
-// The signal-to-noise ratio: infinite where all is equal.
-struct Ratio {
-  double signal = 0, noise = 0;
-
-  void add(const float* expected, const float* found, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      const double wanted = expected[i], apart = wanted - found[i];
-      signal += wanted * wanted;
-      noise += apart * apart;
-    }
-  }
-
-  double db() const { return noise == 0 ? INFINITY : 10 * std::log10(signal / noise); }
-};
 
 double limit_of(const GoldenInfo& golden, const std::string& dtype, std::int64_t step) {
   const auto limits = golden.limits_db.find(dtype);

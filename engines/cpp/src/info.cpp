@@ -143,10 +143,15 @@ SamplerInfo sampler_of(const Cursor& cursor) {
   return sampler;
 }
 
+std::map<std::string, double> limits_of(const Cursor& cursor) {
+  std::map<std::string, double> limits;
+  for (const auto& [dtype, limit] : cursor.members()) limits[dtype] = limit.number();
+  return limits;
+}
+
 PictureInfo picture_of(const Cursor& cursor) {
-  PictureInfo picture{cursor["runner"].text(), cursor["count"].integer(1, LARGEST), {}, cursor["peak"].number()};
-  for (const auto& [dtype, limit] : cursor["limits_db"].members()) picture.limits_db[dtype] = limit.number();
-  return picture;
+  return {cursor["runner"].text(), cursor["count"].integer(1, LARGEST), limits_of(cursor["limits_db"]),
+          cursor["peak"].number()};
 }
 
 std::int64_t step_number(const std::string& text, const Cursor& cursor) {
@@ -193,13 +198,18 @@ TextInfo text_of(const Cursor& cursor) {
   const std::string& unwanted = cursor["unwanted"].text();
   if (unwanted != "caption" && unwanted != "zeros") cursor["unwanted"].refuse("caption or zeros");
   text.unwanted_is_zeros = unwanted == "zeros";
+  text.limits_db = limits_of(cursor["limits_db"]);
   return text;
 }
 
 VaeInfo vae_of(const Cursor& cursor) {
   const Cursor shift = cursor["shift_factor"];
-  VaeInfo vae{files_by_dtype(cursor["decoders"]), cursor["input"].text(), cursor["output"].text(),
-              fp32(cursor["scaling_factor"]), shift.null() ? 0.0f : fp32(shift)};
+  VaeInfo vae{files_by_dtype(cursor["decoders"]),
+              cursor["input"].text(),
+              cursor["output"].text(),
+              fp32(cursor["scaling_factor"]),
+              shift.null() ? 0.0f : fp32(shift),
+              limits_of(cursor["limits_db"])};
   if (vae.scaling_factor == 0) cursor["scaling_factor"].refuse("a number to divide by");
   return vae;
 }

@@ -8,6 +8,8 @@ namespace {
 
 const char* const OPERATOR = "see the operator it names; a newer ONNX Runtime may have it";
 const char* const CALL = "see what ONNX Runtime says; report it if the feeds are as the bundle describes them";
+const char* const RUN =
+    "an input's value may be out of the model's range, see `means` of each of the bundle's inputs; else report it";
 
 ONNXTensorElementDataType type_of(DType dtype) {
   return dtype == DType::fp32   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
@@ -130,7 +132,7 @@ class OrtBackend : public Session {
         ort().Run(session_.get(), nullptr, from.data(), given.data(), from.size(), to.data(), to.size(), made.data());
     for (std::size_t i = 0; i < outputs.size(); ++i)
       if (!values[i]) values[i].reset(made[i]);
-    check(status, "ONNX Runtime", CALL);
+    check(status, "ONNX Runtime", RUN);
   }
 
   Owned<OrtMemoryInfo> memory_;

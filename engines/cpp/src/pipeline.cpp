@@ -6,6 +6,7 @@
 #include "convert.hpp"
 #include "engine_impl.hpp"
 #include "fault.hpp"
+#include "golden.hpp"
 #include "model_file.hpp"
 #include "rows.hpp"
 #include "text.hpp"
@@ -23,6 +24,8 @@ struct Pipeline::Impl {
   Arrays unwanted(const Feeds& tokens, const Arrays& wanted, std::int64_t count) const;
   Arrays empty_caption() const;
   void decode(Array& latents) const;
+  GoldenRow text_row(const Arrays& recorded, const std::string& half) const;
+  GoldenRow vae_row(const Arrays& recorded) const;
 };
 
 namespace detail {
@@ -63,11 +66,41 @@ std::vector<Array> run_in_parts(const Session& session, const Feeds& feeds, std:
   return arrays;
 }
 
+const Array& recorded_in(const Arrays& recorded, const std::string& name) {
+  const auto found = recorded.find(name);
+  if (found == recorded.end()) damaged("golden.safetensors: lacks '" + name + "'");
+  return found->second;
+}
+
+double decibels(const Arrays& recorded, const std::string& name, const Array& found) {
+  const Array& expected = recorded_in(recorded, name);
+  if (expected.dtype() != found.dtype() || expected.shape() != found.shape() || found.dtype() == DType::fp16)
+    damaged("golden.safetensors: '" + name + "' is not what its graph gives");
+  Ratio ratio;
+  if (found.dtype() == DType::fp32)
+    ratio.add(expected.floats(), found.floats(), found.count());
+  else
+    ratio.add(expected.integers(), found.integers(), found.count());
+  return ratio.db();
+}
+
+// Graphs that would overflow in the engine's float type are there in fp32.
+GoldenRow row_of(const std::string& what, double value_db, const std::map<std::string, double>& limits,
+                 const std::string& dtype) {
+  auto limit = limits.find(dtype);
+  if (limit == limits.end()) limit = limits.find("fp32");
+  if (limit == limits.end()) damaged("manifest.json: info.pipeline has no limits_db for the " + what);
+  return {what, value_db, limit->second, value_db >= limit->second};
+}
+
 }  // namespace
 }  // namespace detail
 
 // Refuses token ids that are not `count` rows, or one where `count` is 0, of each input.
 void Pipeline::Impl::check(const Feeds& tokens, std::int64_t count) const {
+  if (count < 1)
+    throw detail::Fault(Code::invalid_argument, "tokens: there are rows for " + std::to_string(count) + " pictures",
+                        "feed 1 row or more, of noise and of tokens");
   for (const TokensInfo& input : info->text.inputs) {
     const auto found = tokens.find(input.input);
     const Shape wanted{count, input.tokens};
@@ -75,7 +108,7 @@ void Pipeline::Impl::check(const Feeds& tokens, std::int64_t count) const {
     if (found == tokens.end())
       throw detail::Fault(Code::invalid_argument, "tokens: no '" + input.input + "'", "feed int64 " + shape);
     const Tensor& ids = found->second;
-    if (ids.dtype != DType::int64 || ids.shape != wanted || !ids.data || count < 1)
+    if (ids.dtype != DType::int64 || ids.shape != wanted || !ids.data)
       throw detail::Fault(Code::invalid_argument,
                           "tokens: '" + input.input + "' is " + detail::name_of(ids.dtype) + " " +
                               detail::text_of(ids.shape) + ", where int64 " + shape + " is wanted",
@@ -155,12 +188,53 @@ Array Pipeline::Impl::draw(const Feeds& tokens, const Tensor& noise, const DrawO
   return pictures;
 }
 
+GoldenRow Pipeline::Impl::text_row(const Arrays& recorded, const std::string& half) const {
+  Feeds tokens;
+  for (const TokensInfo& input : info->text.inputs) {
+    const std::string name = (half == "wanted" ? "picture/" : "picture/unwanted_") + input.input;
+    tokens.emplace(input.input, detail::recorded_in(recorded, name).view());
+  }
+  const Shape& first = tokens.begin()->second.shape;
+  const std::int64_t count = first.empty() ? 0 : first[0];
+  check(tokens, count);
+  Arrays found = encode(tokens);
+  if (half == "unwanted" && info->text.unwanted_is_zeros) found = unwanted({}, found, count);
+  double worst = INFINITY;
+  for (const auto& [name, array] : found) {
+    const double db = detail::decibels(recorded, "picture/" + half + "/" + name, array);
+    if (!(db >= worst) && !std::isnan(worst)) worst = db;  // what is not a number is the worst
+  }
+  return detail::row_of("text encoder, " + half, worst, info->text.limits_db, sampler.engine().info().dtype);
+}
+
+GoldenRow Pipeline::Impl::vae_row(const Arrays& recorded) const {
+  const Array& latent = detail::recorded_in(recorded, "picture/latent");
+  if (latent.dtype() != DType::fp32 || latent.shape().empty() || latent.count() == 0)
+    detail::damaged("golden.safetensors: 'picture/latent' is no latents in fp32");
+  Array pictures(DType::fp32, latent.shape());
+  std::memcpy(pictures.data(), latent.data(), latent.bytes());
+  decode(pictures);
+  const double db = detail::decibels(recorded, "picture/picture", pictures);
+  return detail::row_of("VAE decoder", db, info->vae->limits_db, sampler.engine().info().dtype);
+}
+
 Result<Pipeline> Pipeline::open(const Bundle& bundle, const EngineOptions& options) noexcept {
   return detail::guarded([&] { return Pipeline(detail::opened(bundle, options)); });
 }
 
 Result<Array> Pipeline::draw(const Feeds& tokens, const Tensor& noise, const DrawOptions& options) const noexcept {
   return detail::guarded([&] { return impl_->draw(tokens, noise, options); });
+}
+
+Result<SelfTest> Pipeline::self_test() const noexcept {
+  return detail::guarded([&] {
+    const Bundle& bundle = impl_->sampler.engine().bundle();
+    const Arrays recorded = detail::taken(bundle.golden());
+    SelfTest test{{impl_->text_row(recorded, "wanted")}};
+    if (bundle.info().sampler->guided) test.rows.push_back(impl_->text_row(recorded, "unwanted"));
+    if (impl_->vae) test.rows.push_back(impl_->vae_row(recorded));
+    return test;
+  });
 }
 
 const Engine& Pipeline::engine() const noexcept { return impl_->sampler.engine(); }

@@ -30,8 +30,20 @@ bool is_given(const Info& info, const std::string& name) {
   return name != info.sampler->latent && name != "timestep" && name != STEP && name != STEP_ROW;
 }
 
+// Refuses names that are no input: a misspelt one also leaves its input without rows, which would say less.
+void check_names(const Info& info, const Feeds& feeds, const std::string& which) {
+  std::vector<std::string> given;
+  for (const Port& port : info.inputs)
+    if (is_given(info, port.name)) given.push_back(port.name);
+  for (const auto& [name, tensor] : feeds)
+    if (is_given(info, name) && std::find(given.begin(), given.end(), name) == given.end())
+      refuse("sampling: the " + which + " feeds hold '" + name + "', which is no input",
+             given.empty() ? "feed nothing" : "feed " + joined(given, [](const std::string& n) { return n; }));
+}
+
 // Refuses what is not, for every input that the loop does not feed itself, `count` rows.
 void check_rows(const Info& info, const Feeds& feeds, std::int64_t count, const std::string& which) {
+  check_names(info, feeds, which);
   for (const Port& port : info.inputs)
     if (is_given(info, port.name) && !feeds.count(port.name))
       refuse("sampling: the " + which + " feeds hold no '" + port.name + "'",

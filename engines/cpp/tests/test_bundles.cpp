@@ -1,5 +1,8 @@
 // Bundles that tests/engines/test_cpp.py makes, of a network that gives hidden_states · 0.5 + class_labels + step.
+#include <unistd.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <numeric>
@@ -101,6 +104,8 @@ void feeds_that_do_not_fit_are_refused_with_what_would() {
   const auto none = [](Feeds&) {};
   CHECK_SAYS(said(engine, Call(9), none), "batch may be 1 … 8");
   CHECK_SAYS(said(engine, Call(0), none), "batch may be 1 … 8");
+  CHECK_SAYS(said(engine, Call(0), none), "fix: feed so many rows at once: 1 … 8");
+  CHECK_SAYS(said(engine, Call(2), [](Feeds& f) { f["hidden_states"].shape[0] = -2; }), "at once: 1 … 8");
   CHECK_SAYS(said(engine, Call(1, 0, 3), none), "width may be 2 … 8, multiples of 2");
   CHECK_SAYS(said(engine, Call(2), [](Feeds& f) { f.erase("timestep"); }), "no 'timestep'");
   CHECK_SAYS(said(engine, Call(2), [](Feeds& f) { f["other"] = f["timestep"]; }), "no input 'other'");
@@ -112,6 +117,13 @@ void feeds_that_do_not_fit_are_refused_with_what_would() {
   CHECK_SAYS(said(engine, Call(2), [](Feeds& f) { f["timestep"].data = nullptr; }), "no data");
   float output[15];
   CHECK_SAYS(engine.run(Call(2).feeds(), output, 15), "has 16: [2, 1, 2, 4]");
+}
+
+void a_value_that_the_graph_does_not_take_is_refused_with_where_its_range_stands() {
+  const std::int64_t far[] = {11, 3};
+  const auto change = [&](Feeds& feeds) { feeds["class_labels"].data = far; };
+  CHECK_SAYS(said(engine_of("table"), Call(2), change), "see `means`");
+  CHECK(gives(engine_of("table"), Call(2), false));
 }
 
 void steps_of_another_schedule_are_refused() {
@@ -128,7 +140,8 @@ void steps_of_another_schedule_are_refused() {
 
 void engines_that_are_not_there_are_refused() {
   const Bundle bundle = need(Bundle::open(root + "/tiny"));
-  CHECK_SAYS(Engine::open(bundle, {"other", "", "cpu", 0, 0}).status(), "named 'other'");
+  CHECK_SAYS(Engine::open(bundle, {"other", "", "cpu", 0, 0}).status(), "engine 'other': unknown; the bundle has ort");
+  CHECK_SAYS(Engine::open(bundle, {"", "trt-rtx", "cpu", 0, 0}).status(), "ask for ort or trt");
   CHECK_SAYS(Engine::open(bundle, {"", "trt", "cpu", 0, 0}).status(), "another backend, ort");
   CHECK_SAYS(Engine::open(bundle, {"", "", "abacus", 0, 0}).status(), "abacus");
   CHECK_SAYS(Engine::open(bundle, {"", "", "cpu", 0, -1}).status(), "threads: -1");
@@ -179,6 +192,8 @@ void sampling_follows_the_steps_in_as_many_batches_as_it_takes() {
   CHECK_SAYS(guided.sample(noise, wanted).status(), "unwanted feeds hold no 'class_labels'");
   CHECK_SAYS(plain.sample(noise, wanted, unwanted).status(), "without guidance");
   CHECK_SAYS(plain.sample(noise, {}).status(), "wanted feeds hold no 'class_labels'");
+  CHECK_SAYS(plain.sample(noise, {{"labels", wanted.at("class_labels")}}).status(),
+             "hold 'labels', which is no input\n  fix: feed class_labels");
   CHECK_SAYS(plain.sample(Tensor::of(call.latent.data(), {20, 8}), wanted).status(), "where fp32 of [count]");
   CHECK_SAYS(plain.sample(noise, {{"class_labels", Tensor::of(nothing.data(), {3})}}).status(), "20 rows");
   SampleOptions stopped;
@@ -212,7 +227,31 @@ void a_pipeline_draws_from_tokens() {
   const Pipeline pipeline = need(Pipeline::open(need(Bundle::open(root + "/pipeline"))));
   CHECK_SAYS(pipeline.draw({{"input_ids", Tensor::of(ids.data(), {20, 2})}}, noise).status(), "where int64 [20, 3]");
   CHECK_SAYS(pipeline.draw({}, noise).status(), "no 'input_ids'");
+  CHECK_SAYS(pipeline.draw(tokens, Tensor::of(call.latent.data(), {0, 1, 2, 4})).status(), "1 row or more");
   CHECK_SAYS(Pipeline::open(need(Bundle::open(root + "/tiny"))).status(), "denoiser alone");
+}
+
+void a_pipelines_self_test_passes_and_notices_other_pictures() {
+  for (const char* name : {"pipeline", "zeros"}) {
+    const SelfTest test = need(need(Pipeline::open(need(Bundle::open(root + "/" + name)))).self_test());
+    CHECK(test.rows.size() == 3 && test.passed());
+  }
+  const SelfTest worse = need(need(Pipeline::open(need(Bundle::open(root + "/other_pictures")))).self_test());
+  CHECK(worse.rows.size() == 3 && worse.rows[0].passed && worse.rows[1].passed);
+  CHECK(worse.rows[2].what == "VAE decoder" && !worse.rows[2].passed);
+}
+
+// Also where the tests run as root, who may read all: for this check they run as nobody.
+void a_folder_that_may_not_be_read_is_told_from_one_that_is_no_bundle() {
+  constexpr uid_t NOBODY = 65534;
+  std::string closed = (fs::temp_directory_path() / "export-engine-XXXXXX").string();
+  CHECK(::mkdtemp(closed.data()) != nullptr);
+  fs::permissions(closed, fs::perms::none);
+  const bool root_runs = ::geteuid() == 0;
+  if (root_runs) CHECK(::seteuid(NOBODY) == 0);
+  CHECK_SAYS(Bundle::open(closed).status(), "manifest.json: cannot be opened (Permission denied)");
+  if (root_runs) CHECK(::seteuid(0) == 0);
+  fs::remove(closed);
 }
 
 void what_a_zip_was_unpacked_into_goes_with_it() {
@@ -267,12 +306,15 @@ int main(int argc, char** argv) {
   an_engine_gives_what_its_network_does();
   half_feeds_are_taken_too();
   feeds_that_do_not_fit_are_refused_with_what_would();
+  a_value_that_the_graph_does_not_take_is_refused_with_where_its_range_stands();
   steps_of_another_schedule_are_refused();
   engines_that_are_not_there_are_refused();
   a_self_test_passes_and_notices_another_network();
   eight_threads_get_what_one_gets();
   sampling_follows_the_steps_in_as_many_batches_as_it_takes();
   a_pipeline_draws_from_tokens();
+  a_pipelines_self_test_passes_and_notices_other_pictures();
+  a_folder_that_may_not_be_read_is_told_from_one_that_is_no_bundle();
   what_a_zip_was_unpacked_into_goes_with_it();
   one_flipped_byte_at_random_places_is_refused();
   return failures() != 0;

@@ -89,12 +89,14 @@ struct TextInfo {
   std::map<std::string, std::string> encoders;  // float type → file
   std::map<std::string, std::string> outputs;   // the graph's output → the denoiser's input
   bool unwanted_is_zeros = false;               // what guidance goes away from: zeros, or the empty caption
+  std::map<std::string, double> limits_db;      // by float type, as a picture's
 };
 
 struct VaeInfo {
   std::map<std::string, std::string> decoders;
   std::string input, output;
   float scaling_factor = 1, shift_factor = 0;
+  std::map<std::string, double> limits_db;
 };
 
 struct PipelineInfo {

@@ -20,6 +20,9 @@ class EXPORT_ENGINE_API Pipeline {
   // the inputs of `info().pipeline->text`; `noise` is fp32 [count, …].
   Result<Array> draw(const Feeds& tokens, const Tensor& noise, const DrawOptions& options = {}) const noexcept;
 
+  // Encodes the recorded tokens and decodes the recorded latents; the denoiser is tested by `engine().self_test()`.
+  Result<SelfTest> self_test() const noexcept;
+
   const Engine& engine() const noexcept;
 
   struct Impl;
