@@ -197,7 +197,7 @@ def _not_of(kind: str, path: Path) -> UserError:
 def _written(kind: str) -> str:
     """Returns what a folder of a kind comes from, in words."""
     command = COMMANDS.get(kind)
-    return f"what `export-engine {command}` wrote, of kind {kind}" if command else f"a folder of kind {kind}"
+    return f"the {kind} folder that `export-engine {command}` wrote" if command else f"a folder of kind {kind}"
 
 
 def kind_of(path: Path) -> str:

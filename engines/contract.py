@@ -136,5 +136,6 @@ def _unreadable(value: Any, error: Exception) -> UserError:
         return UserError(f"a tensor of {kind} was fed, and numpy has no {kind}", fix="convert it to float32")
     return UserError(
         f"a tensor that numpy cannot read was fed ({error})",
-        fix="feed one that holds numbers, from the CPU and detached: tensor.detach().cpu()",
+        fix="feed one that holds numbers, from the CPU and detached: tensor.detach().cpu(); run_dlpack takes "
+        "one on the GPU where it lies",
     )

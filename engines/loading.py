@@ -118,9 +118,9 @@ def load(
     `backend` asks for one, or `engine` for one by its name in the bundle, or by the folder in which
     `export-engine build BUNDLE` wrote one. On a CPU, with 0 `threads`, as many as it has, sharing it; else that many.
     """
-    if not isinstance(threads, int) or threads < 0:
+    if not isinstance(threads, int | np.integer) or threads < 0:
         raise UserError(f"threads {threads!r}", fix="give a whole number: how many, or 0 for as many as the CPU has")
-    bundle = open_bundle(path)
+    bundle, threads = open_bundle(path), int(threads)
     if engine is not None and os.fspath(engine) not in bundle.info["engines"] and Path(engine).is_dir():
         built = _built_from(bundle, Path(engine), backend)
         opened = Engine(bundle, Path(engine).name, built, threads)
@@ -215,7 +215,7 @@ def _built_from(bundle: Bundle, folder: Path, backend: str | None) -> Artifact:
         )
     if (reason := why_not(with_versions(opened))) is not None:
         target, here = opened.info["gpu"], gpu.detect()
-        needs = f"load it on a machine that has this GPU, {target}; here, ask for the backend ort"
+        needs = f"load it on a machine that has this GPU, {target}; here, ask for the backend ort instead"
         fix = needs if target and here is None else _rebuild(bundle, opened.info["backend"], here if target else None)
         raise UserError(f"{folder}: cannot run here: {reason}", fix=fix)
     return opened

@@ -28,7 +28,7 @@ UNWANTED_CAPTION, UNWANTED_ZEROS = "caption", "zeros"  # what guidance goes away
 
 def load_pipeline(path: Path | str, *, threads: int = 0, **options: Any) -> Pipeline:
     """Opens a bundle's best engine, with the options of `engines.load`, and the text half and VAE around it."""
-    return Pipeline(load(path, threads=threads, **options), threads)
+    return Pipeline(load(path, threads=threads, **options), int(threads))
 
 
 class Pipeline:

@@ -138,7 +138,10 @@ def _check(sampler: Json, noise: Latents, wanted: Rows, unwanted: Rows | None) -
     both = (wanted, wanted if unwanted is None else unwanted)
     shapes = [{name: np.shape(value) for name, value in rows.items()} for rows in both]
     if shapes[0] != shapes[1] or any(shape[:1] != noise.shape[:1] for shape in shapes[0].values()):
+        others, more = "", ""
+        if unwanted is not None:
+            others, more = f", unwanted ones {shapes[1]}", ", and as many unwanted ones"
         raise UserError(
-            f"wanted rows have shapes {shapes[0]}, unwanted ones {shapes[1]}, and there are {len(noise)} samples",
-            fix="give one row of every input for each sample, and as many unwanted ones",
+            f"wanted rows have shapes {shapes[0]}{others}, and there are {len(noise)} samples",
+            fix=f"give one row of every input for each sample{more}",
         )

@@ -33,7 +33,10 @@ def steps_of(graph: Json, timesteps: Sequence[float], *, nearest: bool = False) 
     calls gets the scales of the calibrated step whose timestep is nearest: meant for fewer steps, and not validated.
     """
     own = np.asarray(graph["timesteps"], dtype=np.float64)
-    asked = as_numpy(timesteps).astype(np.float64).reshape(-1)
+    asked = as_numpy(timesteps).reshape(-1)
+    if asked.dtype.kind not in "iuf":
+        raise UserError(f"timesteps are of type {asked.dtype}", fix="give the numbers of a sampler's schedule")
+    asked = asked.astype(np.float64)
     if own.shape == asked.shape and np.allclose(own, asked, rtol=TOLERANCE, atol=TOLERANCE):
         return list(range(len(own)))
     if nearest:

@@ -150,7 +150,7 @@ def test_what_is_no_artifact_is_refused(tmp_path, place, told):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"{place}: not an engine folder.*{told}") as caught:
         open_artifact(tmp_path / place, "engine")
-    assert "what `export-engine build` wrote" in caught.value.fix
+    assert "the engine folder that `export-engine build` wrote" in caught.value.fix
 
 
 def test_a_run_where_a_bundle_is_wanted_is_told_how_to_bundle_it(tmp_path):

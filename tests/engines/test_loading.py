@@ -212,6 +212,7 @@ def test_an_engine_and_a_backend_that_contradict_each_other_are_refused(tmp_path
 def test_threads_that_are_no_whole_number_from_zero_are_refused(folder, threads):
     with pytest.raises(UserError, match=f"threads {threads!r}"):
         engines.load(folder, threads=threads)
+    assert engines.load(folder, threads=np.int64(1)).name == "ort"
 
 
 def test_an_engine_says_what_it_is(folder):
@@ -247,7 +248,7 @@ def test_an_engine_that_was_built_from_the_bundle_is_loaded_beside_it(folder, tm
 @pytest.mark.parametrize(
     ("here", "fix"),
     [
-        (None, "load it on a machine that has this GPU, sm120; here, ask for the backend ort"),
+        (None, "load it on a machine that has this GPU, sm120; here, ask for the backend ort instead"),
         ("sm89", "--backend trt-rtx --gpu sm89"),
     ],
 )

@@ -46,6 +46,11 @@ def test_an_engine_without_steps_says_that_it_takes_none():
         schedule.steps_of(GRAPH | {"step_input": None}, [998])
 
 
+def test_timesteps_that_are_no_numbers_are_refused():
+    with pytest.raises(UserError, match="timesteps are of type <U"):
+        schedule.steps_of(GRAPH, ["900"])
+
+
 def test_fewer_steps_may_take_the_nearest_that_was_calibrated():
     assert schedule.steps_of(GRAPH, [880.0, 310.0, 20.0], nearest=True) == [0, 2, 3]
 
