@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Pipeline", "UserError", "load", "load_pipeline"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Imports what an application asks for when it does, so that the tools' start stays quick."""
     if name in ("Engine", "load"):

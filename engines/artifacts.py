@@ -23,6 +23,11 @@ NO_DIGEST = "0" * 64  # stands in a manifest for its own digest while that is ta
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest is text about an artifact; more than this is not one of ours
 MAX_NAME_BYTES = 255  # of a file in an artifact, its folders included: what every file system takes
 TAMPERED = "do not use this folder: it was damaged or tampered with; get it, or make it, again"
+BUNDLE = "bundle"
+BUNDLE_AGAIN = "do not use it: it was damaged or tampered with; get it, or make it, again"  # who has one got it
+COMMANDS = {  # that write the artifacts of a kind
+    "calibration": "calibrate", "quantized": "quantize", "graph": "lower", "engine": "build", BUNDLE: "bundle"
+}  # fmt: skip
 Json = dict[str, Any]
 
 
@@ -154,38 +159,57 @@ def _refuse_constant(name: str) -> None:
 def open_artifact(path: Path, kind: str) -> Artifact:
     """Opens an artifact and checks that its kind is `kind` and that every file still has its digest."""
     if not (path / MANIFEST).is_file():
-        raise UserError(
-            f"{path}: not a {kind} folder (no {MANIFEST})", fix=f"give the folder that made a {kind}, or make it first"
-        )
-    artifact = _read(path)
+        raise _not_of(kind, path)
+    again = BUNDLE_AGAIN if kind == BUNDLE else f"delete {path} and make it again"
+    artifact = _read(path, again)
     if artifact.manifest["kind"] != kind:
         raise UserError(
             f"{path}: a folder of kind {artifact.manifest['kind']!r}, where one of kind {kind!r} is wanted",
-            fix=f"give the folder that the stage before wrote ({kind})",
+            fix=f"give {_written(kind)}",
         )
     for name, entry in artifact.manifest["files"].items():
         file = inside(path, name)
         if not file.is_file():
-            raise UserError(f"{path}: its file {name!r} is missing", fix=f"delete {path} and make it again")
+            raise UserError(f"{path}: its file {name!r} is missing", fix=again)
         if file.stat().st_size != entry["bytes"]:
             raise UserError(
                 f"{file}: {file.stat().st_size} bytes, its manifest says {entry['bytes']}",
-                fix=f"delete {path} and make it again",
+                fix=again,
             )
         found = digest_file(file)
         if found != entry["sha256"]:
             raise UserError(
                 f"{file}: sha256 {found[:16]}…, its manifest says {entry['sha256'][:16]}…: changed after it was made",
-                fix=f"delete {path} and make it again",
+                fix=again,
             )
     return artifact
+
+
+def _not_of(kind: str, path: Path) -> UserError:
+    """Returns the error for a path where no artifact lies and one of a kind is wanted."""
+    article = "an" if kind[0] in "aeiou" else "a"
+    if not path.is_dir():
+        why = "it is a file" if path.exists() else "no such folder"
+        return UserError(f"{path}: not {article} {kind} folder: {why}", fix=f"check the path; give {_written(kind)}")
+    made = path / "quantized" / MANIFEST
+    fix = f"bundle this run first: export-engine bundle {path} --out BUNDLE" if made.is_file() else None
+    return UserError(
+        f"{path}: not {article} {kind} folder (no {MANIFEST})",
+        fix=(fix if kind == BUNDLE else None) or f"give {_written(kind)}",
+    )
+
+
+def _written(kind: str) -> str:
+    """Returns what a folder of a kind comes from, in words."""
+    command = COMMANDS.get(kind)
+    return f"the {kind} folder that `export-engine {command}` wrote" if command else f"a folder of kind {kind}"
 
 
 def kind_of(path: Path) -> str:
     """Returns the kind of the artifact at `path`."""
     if not (path / MANIFEST).is_file():
         raise _no_artifact(path)
-    return str(_read(path).manifest["kind"])
+    return str(_read(path, f"delete {path} and make it again").manifest["kind"])
 
 
 def _no_artifact(path: Path) -> UserError:
@@ -204,8 +228,9 @@ def _no_artifact(path: Path) -> UserError:
     )
 
 
-def _read(path: Path) -> Artifact:
-    manifest = read_json(path / MANIFEST, fix=f"delete {path} and make it again")
+def _read(path: Path, again: str) -> Artifact:
+    """Reads a manifest; `again` is how to mend a damaged one."""
+    manifest = read_json(path / MANIFEST, fix=again)
     missing = {"schema_version", "kind", "digest", "made_from", "files", "info"} - manifest.keys()
     if missing:
         raise UserError(f"{path / MANIFEST}: lacks {', '.join(sorted(missing))}", fix="make the artifact again")
@@ -216,9 +241,9 @@ def _read(path: Path) -> Artifact:
             fix="update export-engine" if newer else "make the artifact again with this version",
         )
     if not _well_formed(manifest):
-        raise UserError(f"{path / MANIFEST}: malformed", fix=f"delete {path} and make it again")
+        raise UserError(f"{path / MANIFEST}: malformed", fix=again)
     if not _sealed(path / MANIFEST, manifest["digest"]):
-        raise UserError(f"{path / MANIFEST}: was changed after it was written", fix=f"delete {path} and make it again")
+        raise UserError(f"{path / MANIFEST}: was changed after it was written", fix=again)
     return Artifact(path, manifest)
 
 
@@ -252,7 +277,8 @@ def _types(entry: Json) -> ItemsView[str, type]:
 
 def current(path: Path, request: Request) -> Artifact | None:
     """Returns the artifact at `path` if it was made by the same request, else None; a damaged one is an error."""
-    if not (path / MANIFEST).is_file() or _read(path).manifest.get("request") != request.digest:
+    again = f"delete {path} and make it again"
+    if not (path / MANIFEST).is_file() or _read(path, again).manifest.get("request") != request.digest:
         return None
     return open_artifact(path, request.kind)
 

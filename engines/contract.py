@@ -14,7 +14,9 @@ from engines.artifacts import Json
 from engines.errors import UserError, unknown
 
 KINDS = {"int64": "iu", "fp32": "f", "float": "f"}  # of numpy's types, by those of a bundle's inputs
-WORDS = {"int64": "whole numbers", "fp32": "floating-point numbers", "float": "floating-point numbers"}
+FLOATS = "floating-point numbers (float32, or float16 or float64, which are converted)"
+WORDS = {"int64": "whole numbers", "fp32": FLOATS, "float": FLOATS}
+BATCH = "batch"  # the axis of rows, which may be split
 STEP = "step"  # always accepted: callers need not know which engines have a use for it
 
 
@@ -32,7 +34,7 @@ class Contract:
         arrays = {entry["name"]: self._typed(entry, feeds[entry["name"]]) for entry in self.inputs}
         self.check_shapes({name: array.shape for name, array in arrays.items()})
         if STEP in feeds and STEP not in arrays:
-            arrays[STEP] = np.asarray(feeds[STEP])
+            arrays[STEP] = as_numpy(feeds[STEP])
         return arrays
 
     @functools.cached_property
@@ -42,14 +44,18 @@ class Contract:
         return names, names | {STEP}
 
     def check_names(self, feeds: Mapping[str, Any]) -> None:
+        check_mapping(f"{self.name}: the feeds", feeds)
         if feeds.keys() in self._names:
             return
         names = [entry["name"] for entry in self.inputs]
         for name in feeds.keys() - {STEP, *names}:
-            raise unknown("input", name, names, self.name)
+            raise unknown("input", str(name), names, self.name)
         for entry in self.inputs:
             if entry["name"] not in feeds:
-                raise UserError(f"{self.name}: input {entry['name']!r} is missing", fix=f"feed {entry['means']}")
+                raise UserError(
+                    f"{self.name}: input {entry['name']!r} is missing",
+                    fix=f"feed {entry['name']}, {entry['dtype']} {_listed(entry['shape'])}: {entry['means']}",
+                )
 
     def check_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raises a UserError for a shape that the engine does not take, with the sizes that it does."""
@@ -57,12 +63,15 @@ class Contract:
         for entry in self.inputs:
             name, shape = entry["name"], shapes[entry["name"]]
             if len(shape) != len(entry["shape"]):
-                raise self._refusal(entry, shape)
-            for wanted, size in zip(entry["shape"], shape, strict=True):
+                raise self._refusal(entry, shape, f"feed {len(entry['shape'])} dimensions, {_listed(entry['shape'])}")
+            for number, (wanted, size) in enumerate(zip(entry["shape"], shape, strict=True)):
                 if wanted == size:
                     continue
-                if isinstance(wanted, int) or not _fits(size, self.axes[wanted]):
-                    raise self._refusal(entry, shape)
+                if isinstance(wanted, int):
+                    fix = f"feed {_listed(entry['shape'])}: dimension {number} is {size}, and must be {wanted}"
+                    raise self._refusal(entry, shape, fix)
+                if not _fits(size, self.axes[wanted]):
+                    raise self._refusal(entry, shape, self._range(wanted, size))
                 first, other = sizes.setdefault(wanted, (size, name))
                 if first != size:
                     raise UserError(
@@ -79,22 +88,31 @@ class Contract:
             )
         return array.astype(np.int64 if entry["dtype"] == "int64" else np.float32, copy=False)
 
-    def _refusal(self, entry: Json, shape: Sequence[int]) -> UserError:
-        axes = [self._range(axis) for axis in entry["shape"] if isinstance(axis, str)]
-        wanted = ", ".join(map(str, entry["shape"]))
+    def _refusal(self, entry: Json, shape: Sequence[int], fix: str) -> UserError:
+        wanted = _listed(entry["shape"])
         return UserError(
-            f"{self.name}: input {entry['name']!r} has shape {list(shape)}, and [{wanted}] is wanted",
-            fix=f"feed {', '.join(axes)}" if axes else "feed that shape",
+            f"{self.name}: input {entry['name']!r} has shape {list(shape)}, and {wanted} is wanted", fix=fix
         )
 
-    def _range(self, axis: str) -> str:
+    def _range(self, axis: str, size: int) -> str:
+        """Returns how to mend an axis of another size than those that the engine takes."""
         sizes = self.axes[axis]
         multiple = f" in multiples of {sizes['multiple']}" if sizes["multiple"] > 1 else ""
-        return f"{axis} {sizes['min']} … {sizes['max']}{multiple}"
+        split = " at once: split them" if axis == BATCH and size > sizes["max"] else ""
+        return f"feed {axis} {sizes['min']} … {sizes['max']}{multiple}{split}"
 
 
 def _fits(size: int, axis: Json) -> bool:
     return bool(axis["min"] <= size <= axis["max"] and size % axis["multiple"] == 0)
+
+
+def _listed(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def check_mapping(what: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{what} are a {type(value).__name__}", fix="give a dictionary of arrays by input's name")
 
 
 def as_numpy(value: Any) -> NDArray[Any]:
@@ -105,8 +123,19 @@ def as_numpy(value: Any) -> NDArray[Any]:
         try:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError) as error:  # another device, a gradient, a type numpy lacks
-            raise UserError(
-                f"a tensor that numpy cannot read was fed ({error})",
-                fix="feed it from the CPU, detached; or run_dlpack takes it where it lies",
-            ) from error
-    return np.asarray(value)
+            raise _unreadable(value, error) from error
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:  # rows of different lengths among others
+        raise UserError(f"numpy makes no array of what was fed ({error})", fix="feed an array") from error
+
+
+def _unreadable(value: Any, error: Exception) -> UserError:
+    kind = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    if kind.startswith(("bfloat16", "float8")):
+        return UserError(f"a tensor of {kind} was fed, and numpy has no {kind}", fix="convert it to float32")
+    return UserError(
+        f"a tensor that numpy cannot read was fed ({error})",
+        fix="feed one that holds numbers, from the CPU and detached: tensor.detach().cpu(); run_dlpack takes "
+        "one on the GPU where it lies",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Engine:
         self._contract = Contract(name, self.inputs, self.axes)
         self._runner: Any = runner or backends.open_runner(artifact, threads)
 
+    def __repr__(self) -> str:
+        info = self.bundle.info
+        return f"<engines.Engine {self.name} {self.dtype} of {info['model']['name']}, recipe {info['recipe']['name']}>"
+
     def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         """Returns the output by name, fp32; `feeds` are arrays by name, of numpy or by DLPack, on the CPU.
 
@@ -53,11 +57,20 @@ class Engine:
         Feeds are of the engine's own types: floats `dtype`, but inputs that the contract calls fp32 or int64.
         """
         self._contract.check_names(feeds)
-        self._contract.check_shapes({entry["name"]: feeds[entry["name"]].shape for entry in self.inputs})
+        self._contract.check_shapes({entry["name"]: self._shape(entry["name"], feeds) for entry in self.inputs})
         if not hasattr(self._runner, "run_dlpack"):
             raise UserError(f"{self.name}: takes host arrays alone", fix="call run")
         found: dict[str, Any] = self._runner.run_dlpack(feeds)
         return found
+
+    def _shape(self, name: str, feeds: Mapping[str, Any]) -> Sequence[int]:
+        if not hasattr(feeds[name], "shape"):
+            raise UserError(
+                f"{self.name}: input {name!r} is a {type(feeds[name]).__name__}, which speaks no DLPack",
+                fix="feed a tensor, or call run",
+            )
+        shape: Sequence[int] = feeds[name].shape
+        return shape
 
     @property
     def backend(self) -> str:
@@ -73,12 +86,12 @@ class Engine:
 
     def sample(
         self,
-        noise: NDArray[np.float32],
+        noise: Any,
         wanted: Mapping[str, Any],
         unwanted: Mapping[str, Any] | None = None,
         watch: Callable[[int, NDArray[np.float32]], None] | None = None,
     ) -> NDArray[np.float32]:
-        """Returns finished samples of noise [n, …]: see engines.sampling.sample."""
+        """Returns finished samples of noise [n, …], however many: see engines.sampling.sample."""
         return sampling.sample(self, self.sampler, noise, wanted, unwanted, watch)
 
     def self_test(self) -> list[Json]:
@@ -105,9 +118,12 @@ def load(
     `backend` asks for one, or `engine` for one by its name in the bundle, or by the folder in which
     `export-engine build BUNDLE` wrote one. On a CPU, with 0 `threads`, as many as it has, sharing it; else that many.
     """
-    bundle = open_bundle(path)
+    if not isinstance(threads, int | np.integer) or threads < 0:
+        raise UserError(f"threads {threads!r}", fix="give a whole number: how many, or 0 for as many as the CPU has")
+    bundle, threads = open_bundle(path), int(threads)
     if engine is not None and os.fspath(engine) not in bundle.info["engines"] and Path(engine).is_dir():
-        opened = Engine(bundle, Path(engine).name, _built_from(bundle, Path(engine)), threads)
+        built = _built_from(bundle, Path(engine), backend)
+        opened = Engine(bundle, Path(engine).name, built, threads)
     else:
         name = choose(bundle, backend, None if engine is None else str(engine))
         opened = Engine(bundle, name, bundle.engine(name), threads)
@@ -120,7 +136,7 @@ def choose(bundle: Bundle, backend: str | None = None, engine: str | None = None
     """Returns the name of the fastest engine that can run here, of those that are asked for."""
     names: list[str] = sorted(bundle.info["engines"], key=lambda name: _rank(bundle.info["engines"][name]["backend"]))
     if engine is not None:
-        bundle.engine(engine)  # which refuses a name that is not there
+        _check_agree(engine, bundle.engine(engine), backend)  # which refuses a name that is not there
         names = [engine]
     if backend is not None:
         backends.load(backend)
@@ -135,6 +151,19 @@ def choose(bundle: Bundle, backend: str | None = None, engine: str | None = None
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     wanted = backend or (bundle.engine(names[0]).info["backend"] if names else "ort")
     raise UserError(f"{bundle.path}: no engine can run here ({told or 'it holds none'})", fix=_fix(bundle, wanted))
+
+
+def _check_agree(name: str | Path, engine: Artifact, backend: str | None) -> None:
+    """Refuses an engine and a backend that were asked for together, and do not go together."""
+    own = engine.info["backend"]
+    if backend is not None:
+        backends.load(backend)  # which refuses a name that is not there
+    if backend not in (None, own):
+        raise UserError(
+            f"engine={str(name)!r} is of backend {own}, and backend={backend!r} was asked for: the two contradict "
+            "each other",
+            fix=f"give one of them, or backend={own!r}",
+        )
 
 
 def why_not(engine: Artifact) -> str | None:
@@ -158,7 +187,7 @@ def _fix(bundle: Bundle, backend: str) -> str:
     here = gpu.detect()
     if backend != "ort" and here is None:
         others = [entry["backend"] for entry in bundle.info["engines"].values() if entry["backend"] == "ort"]
-        return 'load it with backend="ort"' if others else _rebuild(bundle, "ort", None)
+        return "ask for the backend ort" if others else _rebuild(bundle, "ort", None)
     return _rebuild(bundle, backend, here)
 
 
@@ -174,9 +203,10 @@ def _rank(backend: str) -> int:
     return FASTEST_FIRST.index(backend) if backend in FASTEST_FIRST else len(FASTEST_FIRST)
 
 
-def _built_from(bundle: Bundle, folder: Path) -> Artifact:
+def _built_from(bundle: Bundle, folder: Path, backend: str | None) -> Artifact:
     """Opens an engine that was built of one of the bundle's graphs, for this machine."""
     opened = artifacts.open_artifact(folder, "engine")
+    _check_agree(folder, opened, backend)
     graphs = {entry["digest"] for entry in bundle.info["graphs"].values()}
     if opened.manifest["made_from"]["graph"] not in graphs:
         raise UserError(
@@ -184,7 +214,10 @@ def _built_from(bundle: Bundle, folder: Path) -> Artifact:
             fix=f"build it from the bundle: export-engine build {bundle.path} --backend … --out {folder}",
         )
     if (reason := why_not(with_versions(opened))) is not None:
-        raise UserError(f"{folder}: cannot run here: {reason}", fix="build it on, or for, this machine")
+        target, here = opened.info["gpu"], gpu.detect()
+        needs = f"load it on a machine that has this GPU, {target}; here, ask for the backend ort instead"
+        fix = needs if target and here is None else _rebuild(bundle, opened.info["backend"], here if target else None)
+        raise UserError(f"{folder}: cannot run here: {reason}", fix=fix)
     return opened
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from engines import golden
 from engines.artifacts import Json
 from engines.backends import ort
+from engines.contract import as_numpy
 from engines.errors import UserError
 from engines.loading import Engine, load
 from engines.text import Words
@@ -27,7 +28,7 @@ UNWANTED_CAPTION, UNWANTED_ZEROS = "caption", "zeros"  # what guidance goes away
 
 def load_pipeline(path: Path | str, *, threads: int = 0, **options: Any) -> Pipeline:
     """Opens a bundle's best engine, with the options of `engines.load`, and the text half and VAE around it."""
-    return Pipeline(load(path, threads=threads, **options), threads)
+    return Pipeline(load(path, threads=threads, **options), int(threads))
 
 
 class Pipeline:
@@ -68,26 +69,21 @@ class Pipeline:
         count = len(wanted.get(self._text["input"], ()))
         self._check(wanted, [count])
         self._check(unwanted, [count, 1])
-        noise = self.noise_of(count, seed) if noise is None else np.asarray(noise)
-        if len(noise) != count:
-            raise UserError(f"noise for {len(noise)} pictures, and {count} captions", fix="give as many of both")
+        noise = self.noise_of(count, seed) if noise is None else as_numpy(noise)
+        if noise.shape[:1] != (count,):
+            given = noise.shape[0] if noise.ndim else "no"
+            raise UserError(f"noise for {given} pictures, and {count} captions", fix="give as many of both")
         rows = self.conditions(wanted)
         nothing = self._nothing(unwanted, count) if self.engine.sampler["guided"] else None
-        most = max(1, self.engine.axes["batch"]["max"] // (1 if nothing is None else 2))
-        parts = []
-        for first in range(0, count, most):
-            part = slice(first, first + most)
-            other = None if nothing is None else {n: v[part] for n, v in nothing.items()}
-            parts.append(self.engine.sample(noise[part], {n: v[part] for n, v in rows.items()}, other))
-        return self.decode(np.concatenate(parts))
+        return self.decode(self.engine.sample(noise, rows, nothing))
 
     def noise_of(self, count: int, seed: int) -> Floats:
         """Returns standard normal noise [count, …]: row i is numpy's Philox stream of (seed, i), of its own kind.
 
         torch's generators give other numbers for the same seed.
         """
-        if seed < 0:
-            raise UserError(f"seed {seed}", fix="give a whole number, 0 or more")
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise UserError(f"seed {seed!r}", fix="give a whole number, 0 or more")
         shape = self.engine.sampler["latent"]["shape"]
         streams = (np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, i)))) for i in range(count))
         return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])

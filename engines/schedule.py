@@ -33,11 +33,19 @@ def steps_of(graph: Json, timesteps: Sequence[float], *, nearest: bool = False) 
     calls gets the scales of the calibrated step whose timestep is nearest: meant for fewer steps, and not validated.
     """
     own = np.asarray(graph["timesteps"], dtype=np.float64)
-    asked = np.asarray(timesteps, dtype=np.float64)
+    asked = as_numpy(timesteps).reshape(-1)
+    if asked.dtype.kind not in "iuf":
+        raise UserError(f"timesteps are of type {asked.dtype}", fix="give the numbers of a sampler's schedule")
+    asked = asked.astype(np.float64)
     if own.shape == asked.shape and np.allclose(own, asked, rtol=TOLERANCE, atol=TOLERANCE):
         return list(range(len(own)))
     if nearest:
         return [int(i) for i in np.abs(own[None] - asked[:, None]).argmin(axis=1)]
+    if graph["step_input"] is None:
+        raise UserError(
+            "this engine takes no step: its activations have the same scales at every timestep",
+            fix="call it without `step`; it runs under any schedule",
+        )
     raise UserError(
         f"the schedule has {len(asked)} steps, {_ends(asked)}; the engine's activations have a scale for each of "
         f"{len(own)} steps, {_ends(own)}",

@@ -444,7 +444,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
 @main.command(name="list")
 @click.argument("what", type=click.Choice(["models", "recipes", "formats", "methods", "backends"]))
 def list_(what: str) -> None:
-    """List what ships, by name; recipes with what they are for, methods with their options."""
+    """List what ships, by name; recipes and backends with what they are, methods with their options."""
     for name in _names(what):
         click.echo(name)
         if what == "recipes":
@@ -455,6 +455,10 @@ def list_(what: str) -> None:
             from exporter import methods
 
             click.echo("\n".join(f"    {line}" for line in methods.about(name)))
+        if what == "backends":
+            from engines import backends
+
+            click.echo(f"    {backends.about(name)}")
 
 
 def _names(what: str) -> list[str]:

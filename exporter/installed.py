@@ -15,7 +15,7 @@ from engines.errors import UserError
 TESTED = Path(__file__).with_name("constraints.txt")
 PACKAGE = "export-engine"
 DEVELOPMENT = "dev"  # an extra that only tests and linters need
-OK, OTHER, OLD, MISSING = "ok", "other version", "too old", "missing"
+OK, OTHER, OLD, MISSING, UNTESTED = "ok", "other version", "too old", "missing", "not tested"
 
 
 def tested() -> dict[str, str]:
@@ -37,8 +37,10 @@ def report() -> list[Json]:
         name = _normalized(requirement.name)
         if name in rows:  # needed, and in an extra too
             continue
+        if extra is None and name not in known:  # of an older version's installation: all that is needed was tested
+            continue
         found = version_of(name)
-        state = MISSING if found is None else OTHER
+        state = MISSING if found is None else OTHER if name in known else UNTESTED
         if found is not None and not requirement.specifier.contains(found, prereleases=True):
             state = OLD
         elif found is not None and _public(found) == known.get(name):

@@ -463,6 +463,12 @@ def test_list_names_the_files_found(what, cli):
     assert expected <= set(process.stdout.split())
 
 
+def test_backends_are_listed_with_where_they_build_and_run(cli):
+    lines = cli("list", "backends").stdout.splitlines()
+    assert lines[::2] == ["ort", "trt", "trt-rtx"]
+    assert all(line.startswith("    ") and "run on" in line for line in lines[1::2])
+
+
 HEAVY = {"torch", "diffusers", "onnx", "onnxruntime", "tensorrt_rtx", "matplotlib", "numpy"}
 
 

@@ -158,7 +158,7 @@ def info(place: Place, data: bytes) -> None:
     _refused_or(lambda: engine.run(fed))
     noise = _zeros(engine, ["batch", *engine.sampler["latent"]["shape"]], "fp32")
     rows = {name: fed[name] for name in fed.keys() - {"timestep", "step", engine.sampler["latent"]["input"]}}
-    _refused_or(lambda: engine.sample(noise, rows, rows))
+    _refused_or(lambda: engine.sample(noise, rows, rows if engine.sampler["guided"] else None))
 
 
 def _zeros(engine: loading.Engine, shape: Sequence[Any], dtype: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,12 @@ class Backend(Protocol):
 def names() -> list[str]:
     """Returns the backends found in this folder; a leading underscore marks shared code."""
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def about(name: str) -> str:
+    """Returns the first line of a backend's module, which says what it is and where it builds and runs."""
+    source = Path(__file__).with_name(f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
 def resolve(name: str, options: Options) -> Options:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the engine is the graph itself and the options that keep its numbers exact."""
+"""ONNX Runtime: the graph itself and the options that keep its numbers exact, built and run on any machine."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DECODES = ("run", "load")
 STANDARD = {"fp8", "int8", "int4"}  # weights that ONNX has a type for; others are looked up by ops of ours
 OPTIONS: tuple[str, ...] = ()
+LOG_FATAL = 4  # of ONNX Runtime's severities
 DTYPE = "fp32"  # on a CPU, fp16 Q/DQ is not fused: eight matmuls took 260.8 ms against 11.0 ms
 # onnx.TensorProto.DataType by number, in the spelling of plans
 TYPES = {
@@ -234,36 +235,50 @@ class OrtRunner:
     def __init__(
         self, session: onnxruntime.InferenceSession, name: str = "ort", outputs: Sequence[str] | None = None
     ) -> None:
+        import onnxruntime
+
         self.name = name
         self._session = session
+        self._quiet = onnxruntime.RunOptions()  # what goes wrong is told once, by the error
+        self._quiet.log_severity_level = LOG_FATAL
         self._types = {i.name: np.float16 if i.type == "tensor(float16)" else None for i in session.get_inputs()}
         self._onnx_types = {i.name: i.type for i in session.get_inputs()}
         self._outputs = list(outputs or (o.name for o in session.get_outputs()))
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         cast = {n: feeds[n].astype(t) if t else np.ascontiguousarray(feeds[n]) for n, t in self._types.items()}
-        outputs = self._called(self._session.run, self._outputs, cast)
+        outputs = self._called(self._session.run, self._outputs, cast, self._quiet)
         return {n: np.asarray(o, dtype=np.float32) for n, o in zip(self._outputs, outputs, strict=True)}
 
     def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Runs tensors that speak DLPack where they lie, and returns such. On a GPU not run so far."""
-        import onnxruntime
-
         binding, kind, number = self._session.io_binding(), "cpu", 0
         for name, wanted in self._onnx_types.items():
-            value = onnxruntime.OrtValue.from_dlpack(feeds[name])
+            value = self._ort_value(name, feeds[name])
             if value.data_type() != wanted:
                 raise UserError(
                     f"{self.name}: input {name!r} is {value.data_type()}, and {wanted} is wanted",
-                    fix="feed the engine's own type, or call run, which converts",
+                    fix="convert it to the engine's own type",
                 )
             binding.bind_ortvalue_input(name, value)
             if value.device_name() != "cpu":
                 kind, number = value.device_name(), feeds[name].__dlpack_device__()[1]
         for name in self._outputs:
             binding.bind_output(name, kind, number)
-        self._called(self._session.run_with_iobinding, binding)
+        self._called(self._session.run_with_iobinding, binding, self._quiet)
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+    def _ort_value(self, name: str, value: Any) -> onnxruntime.OrtValue:
+        import onnxruntime
+
+        try:
+            return onnxruntime.OrtValue.from_dlpack(value)
+        except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.name}: input {name!r} cannot be read where it lies: {_line(error)}",
+                fix="feed a tensor that holds numbers, detached and contiguous: tensor.detach().contiguous(); or call "
+                "run",
+            ) from error
 
     def _called(self, run: Callable[..., Any], *given: Any) -> Any:
         """Returns what `run` does; what ONNX Runtime raises has no class of its own beneath Exception."""
@@ -271,11 +286,21 @@ class OrtRunner:
 
         try:
             return run(*given)
-        except (Fail, InvalidArgument, NotImplemented, RuntimeException) as error:
+        except (InvalidArgument, RuntimeError) as error:  # the second: for tensors that are bound
             raise UserError(
-                f"{self.name}: ONNX Runtime cannot run it: {error}",
+                f"{self.name}: ONNX Runtime cannot run it on what was fed: {_line(error)}",
+                fix="check the values fed: one may be out of the model's range, such as a class that it does not have",
+            ) from error
+        except (Fail, NotImplemented, RuntimeException) as error:
+            raise UserError(
+                f"{self.name}: ONNX Runtime cannot run it: {_line(error)}",
                 fix="the graph does not fit its manifest, or memory is short: get it, or make it, again",
             ) from error
+
+
+def _line(error: Exception) -> str:
+    """Returns what an error says in one line, without the stack that ONNX Runtime adds."""
+    return " ".join(str(error).split("Stacktrace:")[0].split())
 
 
 def open_runner(engine: Artifact, threads: int = 0) -> OrtRunner:

@@ -1,4 +1,4 @@
-"""TensorRT 10.x and 11.x: engines built on the GPU that they run on. None was so far: no such machine was at hand."""
+"""TensorRT 10.x and 11.x: built on the NVIDIA GPU that they run on. None was so far: no such machine was at hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT-RTX: engines compiled ahead of time for a named GPU, on any machine, with or without one."""
+"""TensorRT-RTX: engines for a named NVIDIA GPU, built on any machine, with or without one, and run on that GPU."""
 
 from __future__ import annotations
 

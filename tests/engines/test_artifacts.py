@@ -142,13 +142,30 @@ def test_another_kind_is_refused(made):
     assert "engine" in caught.value.fix
 
 
-@pytest.mark.parametrize("place", ["nowhere", "folder", "file"])
-def test_what_is_no_artifact_is_refused(tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "told"), [("nowhere", "no such folder"), ("folder", "no manifest.json"), ("file", "it is a file")]
+)
+def test_what_is_no_artifact_is_refused(tmp_path, place, told):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"{place}: not a graph folder") as caught:
-        open_artifact(tmp_path / place, "graph")
-    assert caught.value.fix
+    with pytest.raises(UserError, match=f"{place}: not an engine folder.*{told}") as caught:
+        open_artifact(tmp_path / place, "engine")
+    assert "the engine folder that `export-engine build` wrote" in caught.value.fix
+
+
+def test_a_run_where_a_bundle_is_wanted_is_told_how_to_bundle_it(tmp_path):
+    make(tmp_path / "quantized")
+    with pytest.raises(UserError, match="not a bundle folder") as caught:
+        open_artifact(tmp_path, "bundle")
+    assert f"export-engine bundle {tmp_path} --out" in caught.value.fix
+
+
+def test_who_has_a_damaged_bundle_is_not_told_to_make_it_alone(tmp_path):
+    place = make(tmp_path / "tiny", Request("bundle", {}, {}, {}))
+    (place / "model.onnx").write_bytes(b"A graph")
+    with pytest.raises(UserError, match="sha256") as caught:
+        open_artifact(place, "bundle")
+    assert caught.value.fix == "do not use it: it was damaged or tampered with; get it, or make it, again"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 from common import ROOT
 
 import engines
-from engines import gpu
+from engines import artifacts, gpu
+from engines.artifacts import Request
 from engines.bundle import open_bundle, pack
 from engines.errors import UserError
 
@@ -52,6 +53,34 @@ def test_dlpack_tensors_of_another_type_are_refused(folder):
     fed = {name: torch.from_numpy(value) for name, value in bundles.feeds().items()}
     with pytest.raises(UserError, match="input 'hidden_states' is tensor"):
         engines.load(folder).run_dlpack(fed | {"hidden_states": fed["hidden_states"].half()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ({"requires_grad": True}, "cannot be read where it lies"),
+        ({"device": "meta"}, "cannot be read where it lies"),
+        ({"dtype": "bfloat16"}, "is tensor.bfloat16"),
+    ],
+)
+def test_dlpack_tensors_that_cannot_be_read_are_refused(folder, kind, told):
+    import torch
+
+    kind = {key: getattr(torch, value) if key == "dtype" else value for key, value in kind.items()}
+    fed = {name: torch.from_numpy(value) for name, value in bundles.feeds().items()}
+    with pytest.raises(UserError, match=told):
+        engines.load(folder).run_dlpack(fed | {"hidden_states": torch.zeros(2, 1, 2, 4, **kind)})
+
+
+def test_dlpack_wants_dense_tensors_and_no_lists(folder):
+    import torch
+
+    fed, engine = {name: torch.from_numpy(value) for name, value in bundles.feeds().items()}, engines.load(folder)
+    with pytest.raises(UserError, match="cannot be read where it lies") as caught:
+        engine.run_dlpack(fed | {"hidden_states": torch.zeros(2, 1, 4, 2).transpose(2, 3)})
+    assert "contiguous" in caught.value.fix
+    with pytest.raises(UserError, match="is a list, which speaks no DLPack"):
+        engine.run_dlpack(fed | {"class_labels": [0, 1]})
 
 
 @pytest.mark.parametrize("step_input", ["index", "row"])
@@ -167,7 +196,31 @@ def test_without_a_gpu_the_fix_is_the_engine_that_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "detect", lambda: None)
     with pytest.raises(UserError, match="no NVIDIA GPU") as caught:
         engines.load(gpu_bundle(tmp_path), engine="trt-rtx-sm89")
-    assert caught.value.fix == 'load it with backend="ort"'
+    assert caught.value.fix == "ask for the backend ort"
+
+
+@pytest.mark.parametrize(("engine", "backend"), [("ort", "trt-rtx"), ("trt-rtx-sm89", "ort")])
+def test_an_engine_and_a_backend_that_contradict_each_other_are_refused(tmp_path, engine, backend):
+    folder = gpu_bundle(tmp_path)
+    with pytest.raises(UserError, match="the two contradict each other") as caught:
+        engines.load(folder, engine=engine, backend=backend)
+    assert "give one of them" in caught.value.fix
+    assert engines.load(folder, engine="ort", backend="ort").name == "ort"
+
+
+@pytest.mark.parametrize("threads", ["2", -1, 1.5])
+def test_threads_that_are_no_whole_number_from_zero_are_refused(folder, threads):
+    with pytest.raises(UserError, match=f"threads {threads!r}"):
+        engines.load(folder, threads=threads)
+    assert engines.load(folder, threads=np.int64(1)).name == "ort"
+
+
+def test_an_engine_says_what_it_is(folder):
+    assert repr(engines.load(folder)) == "<engines.Engine ort fp32 of tiny, recipe none>"
+
+
+def test_the_package_lists_what_it_offers():
+    assert {"Engine", "Pipeline", "UserError", "load", "load_pipeline"} <= {*dir(engines)}
 
 
 def test_a_backend_or_engine_that_is_not_there_is_refused(folder):
@@ -188,3 +241,22 @@ def test_an_engine_that_was_built_from_the_bundle_is_loaded_beside_it(folder, tm
     engine = engines.load(folder, engine=tmp_path / "mine")
     assert engine.name == "mine"
     assert engine.self_test()
+    with pytest.raises(UserError, match="the two contradict each other"):
+        engines.load(folder, engine=tmp_path / "mine", backend="trt-rtx")
+
+
+@pytest.mark.parametrize(
+    ("here", "fix"),
+    [
+        (None, "load it on a machine that has this GPU, sm120; here, ask for the backend ort instead"),
+        ("sm89", "--backend trt-rtx --gpu sm89"),
+    ],
+)
+def test_a_built_engine_for_a_gpu_that_is_not_here_says_what_it_needs(folder, tmp_path, monkeypatch, here, fix):
+    made_from = {"graph": open_bundle(folder).graph("fp32").digest}
+    with artifacts.drafting(tmp_path / "mine", Request("engine", made_from, {}, {})) as draft:
+        draft.info = {"backend": "trt-rtx", "gpu": "sm120"}
+    monkeypatch.setattr(gpu, "detect", lambda: here)
+    with pytest.raises(UserError, match="mine: cannot run here") as caught:
+        engines.load(folder, engine=tmp_path / "mine")
+    assert fix in caught.value.fix

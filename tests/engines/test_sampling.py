@@ -94,10 +94,65 @@ def test_rows_that_are_not_one_for_each_sample_are_refused(tmp_path, wanted, unw
 
 def test_a_network_that_gives_other_latents_than_it_takes_is_refused():
     class Narrow:
-        inputs = bundles.info()["inputs"]
+        inputs, axes = bundles.info()["inputs"], bundles.AXES
 
         def run(self, feeds):
             return {"sample": feeds["hidden_states"][:, :, :1]}
 
     with pytest.raises(UserError, match=r"gives \[2, 1, 1, 4\] for latents \[2, 1, 2, 4\]"):
         sampling.sample(Narrow(), bundles.info()["sampler"], NOISE, LABELS)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_more_rows_than_a_call_takes_are_sampled_in_parts(tmp_path, guided):
+    engine, shown = engines.load(bundles.tiny_bundle(tmp_path / "tiny", guided=guided)), []
+    noise = np.random.default_rng(1).standard_normal((19, *bundles.SHAPE), dtype=np.float32)
+    wanted, unwanted = {"class_labels": np.arange(19)}, {"class_labels": np.zeros(19, np.int64)} if guided else None
+    found = engine.sample(noise, wanted, unwanted, watch=lambda step, latent: shown.append((step, len(latent))))
+    sizes = [4, 4, 4, 4, 3] if guided else [8, 8, 3]  # of 8 rows in a call
+    assert shown == [(step, size) for size in sizes for step in range(3)]
+    for row in range(19):
+        other = None if unwanted is None else {"class_labels": [0]}
+        alone = engine.sample(noise[row : row + 1], {"class_labels": [row]}, other)
+        np.testing.assert_array_equal(found[row : row + 1], alone)
+
+
+def test_tensors_and_lists_are_sampled_as_arrays_are(tmp_path):
+    import torch
+
+    engine = engines.load(bundles.tiny_bundle(tmp_path / "tiny", guided=True))
+    expected = engine.sample(NOISE, LABELS, NONE)
+    tensors = engine.sample(torch.from_numpy(NOISE), {"class_labels": torch.tensor([1, 2])}, {"class_labels": [0, 0]})
+    np.testing.assert_array_equal(tensors, expected)
+    np.testing.assert_array_equal(engine.sample(NOISE.tolist(), {"class_labels": [1, 2]}, NONE), expected)
+
+
+@pytest.mark.parametrize(
+    ("noise", "told"),
+    [
+        (NOISE * np.float32(np.nan), "noise holds NaN"),
+        (NOISE * np.float32(np.inf), "noise holds infinity"),
+        (NOISE.astype(str), "noise is of type <U"),
+    ],
+)
+def test_noise_that_is_no_numbers_is_refused(tmp_path, noise, told):
+    with pytest.raises(UserError, match=told) as caught:
+        engines.load(bundles.tiny_bundle(tmp_path / "tiny")).sample(noise, LABELS)
+    assert "standard normal" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["timestep", "step", "hidden_states"])
+def test_rows_of_what_the_sampler_feeds_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match=f"hold {name}, which the sampler feeds") as caught:
+        engines.load(bundles.tiny_bundle(tmp_path / "tiny")).sample(NOISE, LABELS | {name: np.array([900, 900])})
+    assert "leave it out" in caught.value.fix
+
+
+def test_unwanted_rows_without_guidance_are_refused(tmp_path):
+    with pytest.raises(UserError, match="without guidance, and unwanted rows came"):
+        engines.load(bundles.tiny_bundle(tmp_path / "tiny")).sample(NOISE, LABELS, NONE)
+
+
+def test_rows_that_are_no_dictionary_are_refused(tmp_path):
+    with pytest.raises(UserError, match="wanted rows are a list"):
+        engines.load(bundles.tiny_bundle(tmp_path / "tiny")).sample(NOISE, [1, 2])

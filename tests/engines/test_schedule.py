@@ -41,6 +41,16 @@ def test_as_many_steps_elsewhere_are_an_error_too():
         schedule.steps_of(GRAPH, [999.0, 749.0, 499.0, 249.0])
 
 
+def test_an_engine_without_steps_says_that_it_takes_none():
+    with pytest.raises(UserError, match="this engine takes no step"):
+        schedule.steps_of(GRAPH | {"step_input": None}, [998])
+
+
+def test_timesteps_that_are_no_numbers_are_refused():
+    with pytest.raises(UserError, match="timesteps are of type <U"):
+        schedule.steps_of(GRAPH, ["900"])
+
+
 def test_fewer_steps_may_take_the_nearest_that_was_calibrated():
     assert schedule.steps_of(GRAPH, [880.0, 310.0, 20.0], nearest=True) == [0, 2, 3]
 

@@ -43,6 +43,15 @@ def test_requirements_of_other_platforms_and_of_developers_are_left_out(monkeypa
     assert [(row["name"], row["extra"]) for row in installed.report()] == [("triton", "gpu")]
 
 
+def test_what_only_an_older_installation_asks_for_is_left_out(monkeypatch):
+    monkeypatch.setattr(installed, "_requirements", lambda: ["polygraphy", "rich", "polygraphy-more; extra == 'gpu'"])
+    monkeypatch.setattr(installed, "version_of", lambda name: "0.1")
+    assert [(row["name"], row["state"]) for row in installed.report()] == [
+        ("rich", "other version"),
+        ("polygraphy-more", "not tested"),
+    ]
+
+
 def test_what_an_extra_lacks_is_no_fault(monkeypatch):
     monkeypatch.setattr(installed, "_requirements", lambda: ["tensorrt; extra == 'trt'"])
     monkeypatch.setattr(installed, "version_of", lambda name: None)

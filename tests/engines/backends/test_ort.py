@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from engines.artifacts import Artifact
 from engines.backends import ort
 from engines.build import build
+from engines.errors import UserError
+from engines.pipeline import plain_record
 from engines.plans import read_plan
 from exporter import recipe
 from exporter.calibrate import calibrate
@@ -114,3 +117,21 @@ def test_int8_sums_are_exact_on_this_machine(tmp_path):
     session = ort.open_session(model.SerializeToString(), info)
     (output,) = session.run(None, ones)
     assert (output == 64 * 127 * 127).all()
+
+
+def test_a_value_out_of_the_models_range_is_told_in_one_line(capfd):
+    labels = helper.make_tensor_value_info("labels", TensorProto.INT64, ["batch"])
+    output = helper.make_tensor_value_info("row", TensorProto.FLOAT, ["batch"])
+    table = helper.make_tensor("table", TensorProto.FLOAT, [10], list(range(10)))
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "labels"], ["row"])], "g", [labels], [output], [table]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    runner = ort.OrtRunner(ort.open_session(model.SerializeToString(), plain_record("fp32")))
+    assert runner.run({"labels": np.array([9])})["row"].tolist() == [9]
+    for call in (runner.run, runner.run_dlpack):
+        with pytest.raises(UserError, match=r"on what was fed: .*out of data bounds") as caught:
+            call({"labels": np.array([11])})
+        assert "\n" not in caught.value.what
+        assert "check the values fed" in caught.value.fix
+    assert capfd.readouterr().err == ""
