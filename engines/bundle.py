@@ -21,7 +21,7 @@ from engines.errors import UserError, unknown
 from engines.schedule import ROW
 from engines.shape import NUMBER, Each, Maybe, fault
 
-KIND = "bundle"
+KIND = artifacts.BUNDLE
 FORMAT_VERSION = 1
 GOLDEN = "golden.safetensors"
 DTYPES = ("int64", "fp32", "float")  # of inputs: the last is the engine's own float type
@@ -99,10 +99,16 @@ class Bundle:
 
     artifact: Artifact
     unpacked: tempfile.TemporaryDirectory[str] | None = None  # of a zip: removed with this object
+    zipped: Path | None = None
 
     @property
     def path(self) -> Path:
         return self.artifact.path
+
+    @property
+    def source(self) -> Path:
+        """What was opened: the folder, or the zip."""
+        return self.zipped or self.path
 
     @property
     def info(self) -> Json:
@@ -152,7 +158,7 @@ def open_bundle(path: Path | str) -> Bundle:
     folder = Path(unpacked.name) / path.stem
     try:
         _unpack(path, folder)
-        return Bundle(_opened(folder), unpacked)
+        return Bundle(_opened(folder), unpacked, path)
     except BaseException as error:
         if isinstance(error, UserError):  # what the user knows is the zip
             error.what, error.fix = (text.replace(str(folder), str(path)) for text in (error.what, error.fix))

@@ -88,7 +88,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
             given = self._signature.bind(self, *args, **kwargs).arguments
         except TypeError as error:
             raise UserError(
-                f"{self.engine.bundle.path}: its model is a {self.engine.bundle.info['model']['class']}, which is not "
+                f"{self.engine.bundle.source}: its model is a {self.engine.bundle.info['model']['class']}, which is not "
                 f"called as this pipeline does: {error}",
                 fix="put it into a pipeline of its own kind",
             ) from error
@@ -165,7 +165,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         raise UserError(
-            f"{self.engine.bundle.path}: an engine is not saved as a checkpoint",
+            f"{self.engine.bundle.source}: an engine is not saved as a checkpoint",
             fix="copy the bundle; save a pipeline with its own denoiser in place",
         )
 
@@ -175,7 +175,7 @@ def _class_of(engine: Engine) -> Any:
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, ModelMixin)):
         raise UserError(
-            f"{engine.bundle.path}: its model is a {name!r}, which diffusers {diffusers.__version__} does not have",
+            f"{engine.bundle.source}: its model is a {name!r}, which diffusers {diffusers.__version__} does not have",
             fix="install the version of diffusers in the bundle's manifest",
         )
     return found

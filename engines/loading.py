@@ -99,7 +99,7 @@ class Engine:
         rows = golden.rows(self, self.bundle)
         if wrong := [row for row in rows if not row["passed"]]:
             raise UserError(
-                f"{self.bundle.path}: engine {self.name!r} does not give what was recorded: {golden.line(wrong[0])}",
+                f"{self.bundle.source}: engine {self.name!r} does not give what was recorded: {golden.line(wrong[0])}",
                 fix="update the backend's library to the version in the manifest, or build the engine anew here",
             )
         return rows
@@ -142,7 +142,7 @@ def choose(bundle: Bundle, backend: str | None = None, engine: str | None = None
         backends.load(backend)
         names = [name for name in names if bundle.info["engines"][name]["backend"] == backend]
         if not names:
-            raise UserError(f"{bundle.path}: holds no engine for {backend}", fix=_rebuild(bundle, backend, None))
+            raise UserError(f"{bundle.source}: holds no engine for {backend}", fix=_rebuild(bundle, backend, None))
     reasons: dict[str, str] = {}
     for name in names:
         if (reason := why_not(bundle.engine(name))) is None:
@@ -150,7 +150,7 @@ def choose(bundle: Bundle, backend: str | None = None, engine: str | None = None
         reasons[name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     wanted = backend or (bundle.engine(names[0]).info["backend"] if names else "ort")
-    raise UserError(f"{bundle.path}: no engine can run here ({told or 'it holds none'})", fix=_fix(bundle, wanted))
+    raise UserError(f"{bundle.source}: no engine can run here ({told or 'it holds none'})", fix=_fix(bundle, wanted))
 
 
 def _check_agree(name: str | Path, engine: Artifact, backend: str | None) -> None:
@@ -194,7 +194,7 @@ def _fix(bundle: Bundle, backend: str) -> str:
 def _rebuild(bundle: Bundle, backend: str, target: str | None) -> str:
     gpu_option = f" --gpu {target}" if target else ""
     return (
-        f"build one: export-engine build {bundle.path} --backend {backend}{gpu_option} --out DIR, then "
+        f"build one: export-engine build {bundle.source} --backend {backend}{gpu_option} --out DIR, then "
         "engines.load(…, engine=DIR)"
     )
 
@@ -210,8 +210,8 @@ def _built_from(bundle: Bundle, folder: Path, backend: str | None) -> Artifact:
     graphs = {entry["digest"] for entry in bundle.info["graphs"].values()}
     if opened.manifest["made_from"]["graph"] not in graphs:
         raise UserError(
-            f"{folder}: was built of another graph than those of {bundle.path}",
-            fix=f"build it from the bundle: export-engine build {bundle.path} --backend … --out {folder}",
+            f"{folder}: was built of another graph than those of {bundle.source}",
+            fix=f"build it from the bundle: export-engine build {bundle.source} --backend … --out {folder}",
         )
     if (reason := why_not(with_versions(opened))) is not None:
         target, here = opened.info["gpu"], gpu.detect()

@@ -38,7 +38,7 @@ class Pipeline:
         info = engine.bundle.info["pipeline"]
         if info is None:
             raise UserError(
-                f"{engine.bundle.path}: carries no text encoder",
+                f"{engine.bundle.source}: carries no text encoder",
                 fix="feed its engine yourself (engines.load), or bundle a text-to-image pipeline's folder",
             )
         self.engine, self._text, self._vae, self._constants = engine, info["text"], info["vae"], info["constants"]

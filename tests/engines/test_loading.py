@@ -32,6 +32,13 @@ def test_an_engine_gives_what_its_network_does(tmp_path, step_input):
     np.testing.assert_array_equal(engine(**fed), bundles.expected(seen))
 
 
+def test_what_is_said_of_a_zip_names_the_zip(folder):
+    pack(folder, folder.with_suffix(".zip"))
+    with pytest.raises(UserError, match=r"tiny\.zip: holds no engine for trt-rtx") as caught:
+        engines.load(folder.with_suffix(".zip"), backend="trt-rtx")
+    assert f"export-engine build {folder}.zip --backend trt-rtx" in caught.value.fix
+
+
 def test_a_zip_is_loaded_as_its_folder_is(folder):
     pack(folder, folder.with_suffix(".zip"))
     fed = bundles.feeds()
