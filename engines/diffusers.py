@@ -87,9 +87,9 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         try:
             given = self._signature.bind(self, *args, **kwargs).arguments
         except TypeError as error:
+            name = self.engine.bundle.info["model"]["class"]
             raise UserError(
-                f"{self.engine.bundle.source}: its model is a {self.engine.bundle.info['model']['class']}, which is not "
-                f"called as this pipeline does: {error}",
+                f"{self.engine.bundle.source}: its model is a {name}, which is not called as this pipeline does: {error}",
                 fix="put it into a pipeline of its own kind",
             ) from error
         del given["self"]
