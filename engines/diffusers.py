@@ -89,7 +89,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         except TypeError as error:
             name = self.engine.bundle.info["model"]["class"]
             raise UserError(
-                f"{self.engine.bundle.source}: its model is a {name}, which is not called as this pipeline does: {error}",
+                f"{self.engine.bundle.source}: its model is a {name}, which is not called as this does: {error}",
                 fix="put it into a pipeline of its own kind",
             ) from error
         del given["self"]
