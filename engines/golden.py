@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.artifacts import Json
-from engines.bundle import GOLDEN, Bundle
+from engines.bundle import Bundle
+from engines.bundle_shape import GOLDEN
 from engines.contract import Contract
 from engines.errors import UserError
 

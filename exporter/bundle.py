@@ -18,11 +18,13 @@ from calib_data.tensors import save_tensors
 from engines import artifacts, schedule
 from engines.artifacts import Artifact, Json, Request
 from engines.backends import ort
-from engines.bundle import FORMAT_VERSION, GOLDEN, KIND, Bundle, is_packed, open_bundle, pack
+from engines.bundle import FORMAT_VERSION, KIND, Bundle, open_bundle
+from engines.bundle_shape import GOLDEN
 from engines.contract import STEP
 from engines.errors import UserError
 from engines.loading import with_versions
 from engines.plans import PLAN
+from engines.zipped import is_packed, pack
 from exporter import quantized
 from exporter.checkpoint import Checkpoint
 from exporter.checks import FLOOR_MARGIN_DB, FP32_AGREEMENT_DB, NEGLIGIBLE_DB

@@ -9,7 +9,8 @@ from safetensors.numpy import save_file
 
 from engines import artifacts, schedule
 from engines.artifacts import Request
-from engines.bundle import FORMAT_VERSION, GOLDEN, KIND
+from engines.bundle import FORMAT_VERSION, KIND
+from engines.bundle_shape import GOLDEN
 from engines.plans import PLAN
 
 SHAPE = (1, 2, 4)  # of a latent: other sides than 1, so that a wrong broadcast shows

@@ -15,7 +15,9 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save
 
 from engines import artifacts
-from engines.bundle import DIGEST_CHARACTERS, FORMAT_VERSION, GOLDEN, MARK, _digest_of_zip, pack
+from engines.bundle import FORMAT_VERSION
+from engines.bundle_shape import GOLDEN
+from engines.zipped import DIGEST_CHARACTERS, MARK, digest_of_zip, pack
 
 MODEL = "engines/ort/model.onnx"
 
@@ -185,7 +187,7 @@ def zipped(path, entries):
         for entry, content in entries:
             archive.writestr(entry, content)
         archive.comment = MARK + b"0" * DIGEST_CHARACTERS
-    path.write_bytes(path.read_bytes()[:-DIGEST_CHARACTERS] + _digest_of_zip(path).encode())
+    path.write_bytes(path.read_bytes()[:-DIGEST_CHARACTERS] + digest_of_zip(path).encode())
 
 
 def _link(folder):

@@ -32,8 +32,9 @@ import engines
 from engines import golden
 from engines.artifacts import Json, write_json
 from engines.build import build
-from engines.bundle import open_bundle, pack
+from engines.bundle import open_bundle
 from engines.errors import UserError
+from engines.zipped import pack
 from exporter import recipe, run
 from exporter.bundle import bundle
 from exporter.calibrate import calibrate

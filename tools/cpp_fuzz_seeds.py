@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bundles  # noqa: E402
 import cpp_bundles  # noqa: E402
 
-from engines.bundle import pack  # noqa: E402
+from engines.zipped import pack  # noqa: E402
 
 SHARED = {"json": "manifest", "safetensors": "safetensors", "npy": "step_table", "onnx": "onnx", "zip": "zip"}
 

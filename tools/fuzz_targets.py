@@ -29,10 +29,12 @@ import cpp_bundles
 from engines import artifacts, external_data, loading, schedule
 from engines.artifacts import MANIFEST, NO_DIGEST, Artifact
 from engines.backends import _codebooks, _int4
-from engines.bundle import DIGEST_CHARACTERS, GOLDEN, MARK, _digest_of_zip, open_bundle, pack
+from engines.bundle import open_bundle
+from engines.bundle_shape import GOLDEN
 from engines.errors import UserError
 from engines.golden import read_tensors
 from engines.pipeline import Pipeline
+from engines.zipped import DIGEST_CHARACTERS, MARK, digest_of_zip, pack
 from exporter.checkpoint import open_checkpoint
 from exporter.formats import codebook
 from exporter.formats import int as integers
@@ -214,7 +216,7 @@ def zip_(place: Place, data: bytes) -> None:
     """The bytes are a zip; where they end as a bundle's does, its digest is made to fit."""
     path = place.written("fuzz.zip", data)
     if data[-DIGEST_CHARACTERS - len(MARK) : -DIGEST_CHARACTERS] == MARK:
-        path.write_bytes(data[:-DIGEST_CHARACTERS] + _digest_of_zip(path).encode())
+        path.write_bytes(data[:-DIGEST_CHARACTERS] + digest_of_zip(path).encode())
     open_bundle(path).close()
 
 

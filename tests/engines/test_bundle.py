@@ -10,8 +10,9 @@ import bundles
 import pytest
 
 from engines import artifacts
-from engines.bundle import FORMAT_VERSION, MARK, open_bundle, pack
+from engines.bundle import FORMAT_VERSION, open_bundle
 from engines.errors import UserError
+from engines.zipped import MARK, pack
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_a_malformed_manifest_is_refused_though_its_digest_fits(folder, change, 
 
 def zipped(path, entries, comment=True):
     """Writes a zip of our kind with the entries as given: (name or ZipInfo, content)."""
-    from engines.bundle import DIGEST_CHARACTERS, _digest_of_zip
+    from engines.zipped import DIGEST_CHARACTERS, digest_of_zip
 
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in entries:
@@ -159,7 +160,7 @@ def zipped(path, entries, comment=True):
         if comment:
             archive.comment = MARK + b"0" * DIGEST_CHARACTERS
     if comment:
-        digest = _digest_of_zip(path).encode()
+        digest = digest_of_zip(path).encode()
         path.write_bytes(path.read_bytes()[:-DIGEST_CHARACTERS] + digest)
     return path
 

@@ -14,8 +14,9 @@ from common import ROOT
 import engines
 from engines import artifacts, gpu
 from engines.artifacts import Request
-from engines.bundle import open_bundle, pack
+from engines.bundle import open_bundle
 from engines.errors import UserError
+from engines.zipped import pack
 
 
 @pytest.fixture

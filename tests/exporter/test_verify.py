@@ -50,7 +50,7 @@ def test_an_engine_that_cannot_run_here_is_named_with_the_reason(cli, tmp_path):
 
 
 def test_inspect_shows_the_contract_of_a_folder_and_of_a_zip(cli, tmp_path):
-    from engines.bundle import pack
+    from engines.zipped import pack
 
     folder = bundles.tiny_bundle(tmp_path / "tiny", guided=True)
     pack(folder, tmp_path / "tiny.zip")
