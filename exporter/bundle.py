@@ -274,7 +274,7 @@ def _pictures(
         for name, value in feeds.items():
             if name not in (family.inputs()[0].name, "timestep"):
                 recorded[f"{half}/{name}"] = value
-    peak = 2.0 if checkpoint.in_pixels else float(shown.max() - shown.min())
+    peak = 2.0 if checkpoint.in_pixels else float(shown.max() - shown.min()) or 1.0  # of samples that are all alike
     least = {dtype: min(PICTURE_DB, *by_step.values()) for dtype, by_step in limits.items()}
     picture = {"runner": runner, "count": count, "limits_db": least, "peak": peak}
     return picture, recorded, conditions.asked(indices)
