@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 from collections.abc import Callable
@@ -92,11 +93,10 @@ class Cuda:
         """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal  # other threads go on allocating
         self._call("cudaStreamBeginCapture", stream, mode)
-        try:
+        with contextlib.ExitStack() as unless_done:
+            unless_done.callback(self._end_broken, stream)
             work()
-        except BaseException:
-            self._end_broken(stream)
-            raise
+            unless_done.pop_all()
         graph = self._call("cudaStreamEndCapture", stream)
         try:
             return self._call("cudaGraphInstantiate", graph, 0)
