@@ -1,4 +1,4 @@
-"""Small random text-to-image pipelines, whole: denoiser, text encoder, tokenizer, VAE, scheduler."""
+"""Small random text-to-image pipelines, whole: denoiser, text encoder, tokenizer, VAE, scheduler; and their bundle."""
 
 from __future__ import annotations
 
@@ -7,12 +7,27 @@ import json
 from common import FAMILIES
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from families import randomize
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from engines import backends
+from engines.build import build
+from exporter import recipe
+from exporter.bundle import bundle
+from exporter.calibrate import calibrate
+from exporter.checkpoint import open_checkpoint
+from exporter.conditions import Conditions, validation_entries
+from exporter.images import SEED_OFFSET, SHOWN
+from exporter.lower import lower
+from exporter.quantize import quantize
+from exporter.run_folder import REPORT, open_run
+from exporter.sampling import sample
 
 MERGES = [("r", "e"), ("re", "d</w>"), ("c", "i"), ("ci", "r"), ("cir", "c"), ("circ", "l"), ("circl", "e</w>")]
 TOKENS = 20
 STEPS = 3
+CAPTIONS = ["a red circle", "a blue square " * 5, "Ünïcode ☃"]
 
 
 def clip_tokenizer(length=TOKENS):
@@ -59,3 +74,27 @@ def save_pipeline(folder, name="sd", **vae_changes):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": kind, **index}))
     (folder / "sampler.json").write_text(json.dumps({"steps": STEPS, "guidance_scale": 3.0}))
     return folder
+
+
+def bundled_pipeline(pipeline, folder):
+    """Runs a pipeline unquantized, judged by hand, in a folder; returns its bundle, which lies within."""
+    rules = folder / "few.toml"
+    rules.write_text('[calibration]\nsamples = 2\n[[rule]]\nlayers = "*"\nkeep = "float"\n')
+    checkpoint = open_checkpoint(str(pipeline))
+    calibration = calibrate(checkpoint, folder / "calibration", samples=2, prompts=CAPTIONS)
+    source = quantize(checkpoint, recipe.load(str(rules)), calibration, folder / "quantized")
+    engine = build(lower(source, folder / "graph" / "fp32"), "ort", folder / "engines" / "ort")
+    judge(folder, checkpoint, engine)
+    return bundle(folder, folder / "bundle").path
+
+
+def judge(folder, checkpoint, engine):
+    """Writes what `validate` would: a report without scores, and the first samples."""
+    _, run = open_run(folder)
+    indices = [SEED_OFFSET, SEED_OFFSET + 1]
+    conditions = Conditions(checkpoint, validation_entries(checkpoint, run.quantized.info["entries"]))
+    drawn = sample(backends.open_runner(engine, 1), checkpoint, conditions, indices, 0)
+    save_file({"ort": drawn.contiguous()}, folder / SHOWN)
+    images = {"runner": "ort", "task_score": None}
+    report = {"made_from": run.judged, "passed": True, "checks": [], "settings": {"seed": 0}}
+    (folder / REPORT).write_text(json.dumps(report | {"accuracy": {"images": images, "lowering": []}}))

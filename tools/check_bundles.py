@@ -4,8 +4,9 @@
 
 Methods that train take one iteration, on few trajectories: what is compared are runtimes, not what was learned. Every
 row is a bundle: its recorded calls, the least PSNR between any two runtimes and against what was recorded, the limit
-(60 dB, or 3 dB under the lowest floor where that is lower), and how many of 200 flipped bytes were refused. Exit code
-3 where one falls short.
+(60 dB, or 3 dB under the lowest floor where that is lower), and how many of 200 flipped bytes were refused. Where a
+bundle carries a whole pipeline, Python without torch draws pictures from captions and C++ from token ids; they are held
+against each other, the recorded ones and the drop-in's. Exit code 3 where one falls short.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from audit_recipes import SAMPLES, untrained
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import engines
 from engines import golden
@@ -36,9 +37,11 @@ from engines.bundle import open_bundle
 from engines.errors import UserError
 from engines.zipped import pack
 from exporter import recipe, run
-from exporter.bundle import bundle
+from exporter.bundle import PICTURES, bundle
 from exporter.calibrate import calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.conditions import Conditions, validation_entries
+from exporter.images import SEED_OFFSET
 from exporter.lower import lower
 from exporter.progress import note, stdout
 from exporter.quantize import quantize
@@ -46,6 +49,7 @@ from exporter.run_folder import Run
 from exporter.sampling import scheduler_for
 
 IMAGES = 16  # of a report, which a bundle wants: what they score is not looked at
+PICTURE_PEAK = 2.0  # pictures lie in [−1, 1]
 FLIPS = 200
 BLOCKED = ("torch", "diffusers", "transformers", "exporter", "onnx", "polygraphy")
 WITHOUT_TORCH = """
@@ -58,30 +62,42 @@ from engines import golden
 engine = engines.load({bundle!r})
 given = golden.read(engine.bundle, "picture/")
 halves = [{{n.removeprefix(p): v for n, v in given.items() if n.startswith(p)}} for p in ("wanted/", "unwanted/")]
-save_file({{"latent": engine.sample(given["noise"], halves[0], halves[1] or None)}}, {out!r})
+drawn = {{"latent": engine.sample(given["noise"], halves[0], halves[1] or None)}}
+if engine.bundle.info["pipeline"]:
+    drawn["picture"] = engines.load_pipeline({bundle!r}).draw({captions!r}, noise=given["noise"])
+save_file(drawn, {out!r})
 """
 
 
-def bundled(model: str, name: str, out: Path) -> Path:
-    """Returns a recipe's bundle, made of a model that was not trained."""
-    checkpoint, folder = open_checkpoint(model), out / model / name
-    calibration = calibrate(checkpoint, out / model / "calibration", samples=SAMPLES)
+Drawn = dict[str, NDArray[np.float32]]  # latents, and where there is a whole pipeline pictures
+
+
+def bundled(model: str, name: str, out: Path) -> tuple[Path, list[str]]:
+    """Returns a recipe's bundle, made by methods that hardly trained, and what its recorded pictures show."""
+    checkpoint = open_checkpoint(model)
+    folder = out / checkpoint.name / name
+    calibration = calibrate(checkpoint, folder.parent / "calibration", samples=SAMPLES)
     source = quantize(checkpoint, untrained(name), calibration, folder / "run/quantized")
     graph = lower(source, folder / "run/graph/fp32", dtype="fp32")
     made = Run(source, {"fp32": graph}, {"ort": build(graph, "ort", folder / "run/engines/ort")})
     run.report(checkpoint, made, folder / "run", seed=0, images=IMAGES)
-    return bundle(folder / "run", folder / "bundle", failed=True).path
+    path = bundle(folder / "run", folder / "bundle", failed=True).path
+    asked = Conditions(checkpoint, validation_entries(checkpoint, source.info["entries"]))
+    return path, asked.asked([SEED_OFFSET + i for i in range(PICTURES)])
 
 
-def python(path: Path, out: Path) -> NDArray[np.float32]:
-    script = WITHOUT_TORCH.format(blocked=BLOCKED, bundle=str(path), out=str(out / "python.safetensors"))
+def python(path: Path, captions: list[str], out: Path) -> Drawn:
+    names = {"blocked": BLOCKED, "bundle": str(path), "captions": captions, "out": str(out / "python.safetensors")}
+    script = WITHOUT_TORCH.format(**names)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(engines.__file__).parent.parent)
-    return load_file(out / "python.safetensors")["latent"]
+    return load_file(out / "python.safetensors")
 
 
-def cpp(program: Path, path: Path, out: Path) -> NDArray[np.float32]:
-    subprocess.run([program, path, "--sample", "--out", out / "cpp.safetensors"], check=True, stdout=subprocess.DEVNULL)
-    return load_file(out / "cpp.safetensors")["picture/latent"]
+def cpp(program: Path, path: Path, whole: bool, out: Path) -> Drawn:
+    asked = ["--sample", "--draw"] if whole else ["--sample"]
+    subprocess.run([program, path, *asked, "--out", out / "cpp.safetensors"], check=True, stdout=subprocess.DEVNULL)
+    found = load_file(out / "cpp.safetensors")
+    return {n.removeprefix("picture/"): value for n, value in found.items() if n.startswith("picture/")}
 
 
 def diffusers(path: Path, checkpoint: Checkpoint) -> NDArray[np.float32]:
@@ -111,7 +127,12 @@ def _half(given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def psnr_db(one: NDArray[Any], other: NDArray[Any], peak: float) -> float:
     error = float(np.square(one.astype(np.float64) - other).mean())
-    return 10 * np.log10(peak**2 / error) if error else np.inf
+    return float(10 * np.log10(peak**2 / error)) if error else np.inf
+
+
+def least_db(drawn: list[NDArray[Any]], peak: float) -> float:
+    """Returns the least PSNR of any two: infinite where all are equal, or none is there."""
+    return min((psnr_db(one, other, peak) for one, other in combinations(drawn, 2)), default=np.inf)
 
 
 def refused(path: Path, seed: int) -> int:
@@ -138,24 +159,28 @@ def refused(path: Path, seed: int) -> int:
 
 
 def checked(model: str, name: str, program: Path | None, out: Path) -> Json:
-    path = bundled(model, name, out)
+    path, captions = bundled(model, name, out)
     opened = open_bundle(path)
-    picture = opened.info["golden"]["picture"]
-    recorded = golden.read(opened, "picture/")
-    drawn = {"python": python(path, path.parent), "diffusers": diffusers(path, open_checkpoint(model))}
+    recorded, picture = golden.read(opened, "picture/"), opened.info["golden"]["picture"]
+    drawn = {"python": python(path, captions, path.parent)}
+    drawn["diffusers"] = {"latent": diffusers(path, open_checkpoint(model))}
     if program is not None:
-        drawn["cpp"] = cpp(program, path, path.parent)
-    save_file(drawn, path.parent / "drawn.safetensors")
-    pairs = [*combinations(drawn.values(), 2), *((one, recorded["latent"]) for one in drawn.values())]
-    least = min(psnr_db(one, other, picture["peak"]) for one, other in pairs)
+        drawn["cpp"] = cpp(program, path, opened.info["pipeline"] is not None, path.parent)
+    drawn["recorded"] = {kind: recorded[kind] for kind in drawn["python"]}
+    least = {
+        "latent": least_db([one["latent"] for one in drawn.values()], picture["peak"]),
+        "picture": least_db([one["picture"] for one in drawn.values() if "picture" in one], PICTURE_PEAK),
+    }
     limit = picture["limits_db"]["fp32"]
     rows = golden.rows(engines.load(path), opened)
     return {
-        "model": model, "recipe": name, "runtimes": sorted(drawn), "bytes": opened.artifact.bytes,
+        "model": open_checkpoint(model).name, "recipe": name, "runtimes": sorted({*drawn} - {"recorded"}),
+        "bytes": opened.artifact.bytes,
         "golden_passed": sum(row["passed"] for row in rows), "golden_rows": len(rows),
-        "least_psnr_db": None if np.isinf(least) else float(least), "limit_db": limit,
-        "refused": refused(path, seed=0), "flips": FLIPS,
-        "passed": bool(least >= limit and all(row["passed"] for row in rows)),
+        "whole_pipeline": opened.info["pipeline"] is not None,
+        **{f"least_{kind}_db": None if np.isinf(value) else value for kind, value in least.items()},
+        "limit_db": limit, "refused": refused(path, seed=0), "flips": FLIPS,
+        "passed": min(least.values()) >= limit and all(row["passed"] for row in rows),
     }  # fmt: skip
 
 
@@ -163,15 +188,20 @@ def table(found: list[Json]) -> Any:
     from rich.table import Table
 
     made = Table(title="the same noise, in every runtime")
-    for column in ("model", "recipe", "runtimes", "recorded calls", "least PSNR", "limit", "flips refused"):
+    least = ("least PSNR of samples", "of whole pipelines' pictures")
+    for column in ("model", "recipe", "runtimes", "recorded calls", *least, "limit", "flips refused"):
         made.add_column(column)
     for one in found:
-        least = "equal" if one["least_psnr_db"] is None else f"{one['least_psnr_db']:.1f} dB"
         made.add_row(
             one["model"], one["recipe"], ", ".join(one["runtimes"]), f"{one['golden_passed']} of {one['golden_rows']}",
-            least, f"{one['limit_db']:.1f} dB", f"{one['refused']} of {one['flips']}",
+            spelled(one["least_latent_db"]), spelled(one["least_picture_db"]) if one["whole_pipeline"] else "",
+            spelled(one["limit_db"]), f"{one['refused']} of {one['flips']}",
         )  # fmt: skip
     return made
+
+
+def spelled(db: float | None) -> str:
+    return "equal" if db is None else f"{db:.1f} dB"
 
 
 @click.command()
@@ -188,8 +218,8 @@ def main(models: tuple[str, ...], recipes: str, program: Path | None, out: Path,
     for model in models:
         for name in recipes.split(","):
             found.append(checked(model, name, program, out))
-            write_json(out / model / f"{name}.json", found[-1])
-            note(f"{model} {name}: {found[-1]['least_psnr_db']} dB, {found[-1]['refused']} of {FLIPS} refused")
+            write_json(out / found[-1]["model"] / f"{name}.json", found[-1])
+            note(f"{model} {name}: {spelled(found[-1]['least_latent_db'])}, {found[-1]['refused']} of {FLIPS} refused")
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:

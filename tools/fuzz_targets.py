@@ -51,11 +51,12 @@ MOST = 1 << 16  # numbers in an array that a target makes because an input asks 
 
 
 class Place:
-    """A folder, in memory where there is one, that inputs are written to; in it a whole tiny bundle, made once."""
+    """A folder, in memory where there is one, for all that is written; in it a whole tiny bundle, made once."""
 
     def __init__(self) -> None:
         shared = Path("/dev/shm")
         self.path = Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared if shared.is_dir() else None))
+        tempfile.tempdir = str(self.path)  # zips are unpacked there too
         self.golden = bundles.golden("row") | _picture()
         self.bundle = bundles.tiny_bundle(
             self.path / "bundle", step_input="row", guided=True, edit=_with_picture, files={GOLDEN: save(self.golden)}
@@ -70,6 +71,7 @@ class Place:
         return self
 
     def __exit__(self, *error: object) -> None:
+        tempfile.tempdir = None
         shutil.rmtree(self.path, ignore_errors=True)
 
     def written(self, name: str, data: bytes) -> Path:
@@ -135,22 +137,29 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def manifest(place: Place, data: bytes) -> None:
     """The bytes are a manifest, sealed if they leave room for a digest; else they change a whole one."""
-    path = place.bundle / MANIFEST
-    if data.startswith(b"{"):
-        own = hashlib.sha256(data).hexdigest().encode()
-        path.write_bytes(data.replace(NO_DIGEST.encode(), own) if data.count(NO_DIGEST.encode()) == 1 else data)
-    else:
+    if not data.startswith(b"{"):
         found = edited({key: value for key, value in place.manifest.items() if key != "info"}, data)
-        artifacts.seal(path, {"info": place.manifest["info"]} | found)
+        data = _unsealed({"info": place.manifest["info"]} | found)
+    (place.bundle / MANIFEST).write_bytes(_sealed(data))
     artifacts.open_artifact(place.bundle, artifacts.kind_of(place.bundle))
     open_bundle(place.bundle)
+
+
+def _unsealed(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest | {"digest": NO_DIGEST}).encode()
+
+
+def _sealed(manifest: bytes) -> bytes:
+    """Returns a manifest with its digest, if it leaves room for one."""
+    room, own = NO_DIGEST.encode(), hashlib.sha256(manifest).hexdigest().encode()
+    return manifest.replace(room, own) if manifest.count(room) == 1 else manifest
 
 
 def info(place: Place, data: bytes) -> None:
     """The bytes change what a bundle says of itself, sealed as if by who means harm; then it is used as it says."""
     found = edited(place.manifest["info"], data)
     (place.bundle / GOLDEN).write_bytes(save(place.golden))
-    artifacts.seal(place.bundle / MANIFEST, place.manifest | {"info": found})
+    (place.bundle / MANIFEST).write_bytes(_sealed(_unsealed(place.manifest | {"info": found})))
     list(contract_lines(open_bundle(place.bundle).info))
     engine = loading.load(place.bundle, threads=1)
     _refused_or(engine.self_test)
@@ -175,7 +184,7 @@ def pipeline(place: Place, data: bytes) -> None:
     """The bytes change what a bundle says of its text encoder and VAE, which then draw."""
     whole = place.captions_manifest["info"]
     found = whole | {"pipeline": edited(whole["pipeline"], data)}
-    artifacts.seal(place.captions / MANIFEST, place.captions_manifest | {"info": found})
+    (place.captions / MANIFEST).write_bytes(_sealed(_unsealed(place.captions_manifest | {"info": found})))
     drawing = Pipeline(loading.load(place.captions, threads=1), 1)
     _refused_or(drawing.self_test)
     entries = [found["pipeline"]["text"], *found["pipeline"]["text"]["more"]]
@@ -195,7 +204,8 @@ def golden(place: Place, data: bytes) -> None:
     content = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
     (place.bundle / GOLDEN).write_bytes(content)
     listed = {GOLDEN: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
-    artifacts.seal(place.bundle / MANIFEST, place.manifest | {"files": place.manifest["files"] | listed})
+    changed = place.manifest | {"files": place.manifest["files"] | listed}
+    (place.bundle / MANIFEST).write_bytes(_sealed(_unsealed(changed)))
     loading.load(place.bundle, threads=1, self_test=True)
 
 

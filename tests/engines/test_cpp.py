@@ -134,6 +134,24 @@ def test_a_recipes_bundle_gives_what_python_gives_and_draws_the_same_digits(buil
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_small_stable_diffusion_is_drawn_from_token_ids_as_python_draws_it(built, tmp_path):
+    from pipelines import bundled_pipeline, save_pipeline
+
+    folder = bundled_pipeline(save_pipeline(tmp_path / "sd"), tmp_path)
+    found = outputs_of(built, folder, tmp_path / "out.safetensors", "--draw", "--self-test")
+    assert_same_bits(folder, found)
+    golden = load_file(folder / "golden.safetensors")
+    pipeline = engines.load_pipeline(folder)
+    tokens, nothing = ({"tokens": golden[f"picture/{half}tokens"]} for half in ("", "unwanted_"))
+    pictures = {
+        "Python's": pipeline.draw_tokens(tokens, nothing, noise=golden["picture/noise"]),
+        "recorded": golden["picture/picture"],
+    }
+    for drawn in pictures.values():
+        error = float(np.square(drawn - found["picture/picture"]).mean())
+        assert 10 * np.log10(4 / max(1e-30, error)) >= 60  # float sums' order is all that differs: about 120 dB
+
+
 def test_codebooks_run_by_the_same_kernels(built, library, tmp_path):
     folder = cpp_bundles.codebook_bundle(tmp_path / "codebook")
     assert_same_bits(folder, outputs_of(built, folder, tmp_path / "out.safetensors"))

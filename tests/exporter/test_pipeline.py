@@ -13,30 +13,20 @@ import numpy as np
 import pytest
 import torch
 from common import ROOT
-from pipelines import STEPS, save_pipeline
+from pipelines import CAPTIONS, STEPS, bundled_pipeline, save_pipeline
 from safetensors.torch import load_file, save_file
 
 from engines.backends.ort import OrtRunner, open_session
-from engines.build import build
 from engines.bundle import open_bundle
 from engines.errors import UserError
 from engines.loading import Engine
 from engines.pipeline import Pipeline, plain_record
 from exporter import pipeline as stage
-from exporter import recipe, text, vae
-from exporter.bundle import bundle
-from exporter.calibrate import calibrate
+from exporter import text, vae
 from exporter.checkpoint import open_checkpoint
-from exporter.conditions import Conditions, validation_entries
-from exporter.images import SEED_OFFSET, SHOWN
-from exporter.lower import lower
 from exporter.metrics import sqnr_db
-from exporter.quantize import quantize
-from exporter.run_folder import REPORT, open_run
-from exporter.sampling import sample
 from exporter.verify import verify
 
-CAPTIONS = ["a red circle", "a blue square " * 5, "Ünïcode ☃"]
 DIFFERENT_DB = 100.0  # two programs' pictures, of the same float network: the order of sums (124.8 dB measured)
 WITHOUT = """
 import sys
@@ -68,31 +58,7 @@ def sdxl(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundled(sd, tmp_path_factory):
-    """A run of the small pipeline, unquantized, judged by hand, and its bundle."""
-    run_folder = tmp_path_factory.mktemp("run")
-    rules = run_folder / "few.toml"
-    rules.write_text('[calibration]\nsamples = 2\n[[rule]]\nlayers = "*"\nkeep = "float"\n')
-    checkpoint = open_checkpoint(str(sd))
-    calibration = calibrate(checkpoint, run_folder / "calibration", samples=2, prompts=CAPTIONS)
-    source = quantize(checkpoint, recipe.load(str(rules)), calibration, run_folder / "quantized")
-    engine = build(lower(source, run_folder / "graph" / "fp32"), "ort", run_folder / "engines" / "ort")
-    judge(run_folder, checkpoint, engine)
-    made = bundle(run_folder, run_folder / "bundle")
-    return made.path
-
-
-def judge(folder, checkpoint, engine):
-    """Writes what `validate` would: a report without scores, and the first samples."""
-    from engines import backends
-
-    _, run = open_run(folder)
-    indices = [SEED_OFFSET, SEED_OFFSET + 1]
-    conditions = Conditions(checkpoint, validation_entries(checkpoint, run.quantized.info["entries"]))
-    drawn = sample(backends.open_runner(engine, 1), checkpoint, conditions, indices, 0)
-    save_file({"ort": drawn.contiguous()}, folder / SHOWN)
-    images = {"runner": "ort", "task_score": None}
-    report = {"made_from": run.judged, "passed": True, "checks": [], "settings": {"seed": 0}}
-    (folder / REPORT).write_text(json.dumps(report | {"accuracy": {"images": images, "lowering": []}}))
+    return bundled_pipeline(sd, tmp_path_factory.mktemp("run"))
 
 
 def diffusers_pictures(folder, noise):
