@@ -97,6 +97,9 @@ def _of_contract(info: Json) -> str | None:
             return f"{entry['name']!r} is of an unknown type, or its first axis is not 'batch'"
         if any(axis not in info["axes"] for axis in axes):
             return f"{entry['name']!r} has an unknown axis"
+        largest = entry.get("largest", 0)
+        if fault(largest, int, "") or largest < 0 or ("largest" in entry and entry["dtype"] != "int64"):
+            return f"{entry['name']!r} has a largest value that is no whole number, 0 or more"
         if entry["name"] in OF_ROWS and (entry["shape"] != ["batch"] or entry["dtype"] not in OF_ROWS[entry["name"]]):
             return f"input {entry['name']!r} is not one number for each row"
     return None

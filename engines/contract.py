@@ -29,10 +29,13 @@ class Contract:
     axes: Mapping[str, Json]
 
     def checked(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """Returns the feeds as host arrays, int64 or fp32; another name, type, rank or size is an error."""
+        """Returns the feeds as host arrays, int64 or fp32; another name, type, rank, size or value is an error."""
         self.check_names(feeds)
         arrays = {entry["name"]: self._typed(entry, feeds[entry["name"]]) for entry in self.inputs}
         self.check_shapes({name: array.shape for name, array in arrays.items()})
+        for entry in self.inputs:
+            if "largest" in entry:
+                self._check_values(entry, arrays[entry["name"]])
         if STEP in feeds and STEP not in arrays:
             arrays[STEP] = as_numpy(feeds[STEP])
         return arrays
@@ -87,6 +90,15 @@ class Contract:
                 fix=f"feed {WORDS[entry['dtype']]}: {entry['means']}",
             )
         return array.astype(np.int64 if entry["dtype"] == "int64" else np.float32, copy=False)
+
+    def _check_values(self, entry: Json, array: NDArray[Any]) -> None:
+        """Refuses whole numbers beyond those that the model looks up: a GPU would read whatever lies there."""
+        least, most = int(array.min(initial=0)), int(array.max(initial=0))
+        if least < 0 or most > entry["largest"]:
+            raise UserError(
+                f"{self.name}: input {entry['name']!r} holds {least if least < 0 else most}",
+                fix=f"feed 0 … {entry['largest']}: {entry['means']}",
+            )
 
     def _refusal(self, entry: Json, shape: Sequence[int], fix: str) -> UserError:
         wanted = _listed(entry["shape"])

@@ -132,7 +132,9 @@ def _info(checkpoint: Checkpoint, run: Run, report: Json) -> Json:
     family = checkpoint.family
     specs = [*family.inputs(), *([TensorSpec(STEP, "int64", ("batch",))] if graph["step_input"] else [])]
     inputs: list[Json] = [
-        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "means": MEANS.get(s.name, s.name)} for s in specs
+        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "means": MEANS.get(s.name, s.name)}
+        | ({} if s.largest is None else {"largest": s.largest})
+        for s in specs
     ]
     output = family.output()
     return {

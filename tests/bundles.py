@@ -107,6 +107,7 @@ def engine_entry(step_input=None, **changes):
 def info(step_input=None, guided=False):
     inputs = [{**entry, "means": entry["name"]} for entry in graph_info()["inputs"]]
     inputs[0]["dtype"] = "float"
+    inputs[2]["largest"] = 99
     if step_input:
         inputs.append({"name": "step", "dtype": "int64", "shape": ["batch"], "means": "position in the schedule"})
     return {

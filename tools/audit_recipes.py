@@ -30,12 +30,13 @@ from exporter.quantize import quantize
 from exporter.recipe import Recipe
 
 SAMPLES = 8  # trajectories: one of them judges what is learned
+ITERATIONS = ("iterations", "start_iterations", "activation_iterations", "codebook_iterations")  # of all that trains
 BACKENDS = {"ort": None, "trt-rtx": "sm89"}
 START, END = "<!-- audit: begin -->\n", "<!-- audit: end -->\n"
 
 
 def untrained(name: str) -> Recipe:
-    """Returns a shipped recipe whose methods train for one iteration, on few trajectories."""
+    """Returns a shipped recipe whose methods train for one iteration each time, on few trajectories."""
     source = recipe.load(name).source
     rules = [rule | {"method": _short(rule["method"])} if "method" in rule else rule for rule in source["rule"]]
     return recipe.parse(name, {"calibration": {"samples": SAMPLES}, "rule": rules})
@@ -43,7 +44,7 @@ def untrained(name: str) -> Recipe:
 
 def _short(method: dict[str, Any]) -> dict[str, Any]:
     known = methods.load(method["name"]).Options.__dataclass_fields__
-    return method | {key: 1 for key in ("iterations",) if key in known}
+    return method | {key: 1 for key in ITERATIONS if key in known}
 
 
 def audited(model: str, name: str, out: Path) -> list[Json]:

@@ -47,6 +47,7 @@ class TensorSpec:
     name: str
     dtype: str  # "float" (the graph's own float type), "fp32" (whatever the graph's), "int64"
     shape: tuple[int | str, ...]
+    largest: int | None = None  # of whole numbers that look something up, from 0
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ class Family(ABC):
     def feeds(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Tensors, guidance: float) -> Tensors: ...
 
     def fed_timesteps(self, schedule: Sequence[float]) -> list[float]:
-        """Returns what the model is fed as `timestep` at each of a schedule's timesteps, in the model's own unit."""
+        """Returns what the model is fed as `timestep` at each of a schedule's, of its own unit, whole where it is."""
         latent = torch.zeros(1, *self.latent_shape())
-        return [float(self.feeds(latent, torch.tensor([t]), {}, 1.0)["timestep"].item()) for t in schedule]
+        return [self.feeds(latent, torch.tensor([t]), {}, 1.0)["timestep"].item() for t in schedule]
 
     def prediction(self, output: torch.Tensor) -> torch.Tensor:
         """Returns the part of the output that the scheduler steps with (a learned variance is dropped)."""

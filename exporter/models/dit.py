@@ -22,7 +22,7 @@ class DiT(Family):
         return (
             TensorSpec("hidden_states", "float", ("batch", *self.latent_shape())),
             TensorSpec("timestep", "int64", ("batch",)),
-            TensorSpec("class_labels", "int64", ("batch",)),
+            TensorSpec("class_labels", "int64", ("batch",), largest=int(self.config["num_embeds_ada_norm"])),
         )
 
     def output(self) -> TensorSpec:

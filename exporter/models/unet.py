@@ -28,7 +28,8 @@ class UNet2D(UNet):
         return super().build()
 
     def condition_inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("class_labels", "int64", ("batch",)),) if self.classes() else ()
+        count = self.classes()
+        return (TensorSpec("class_labels", "int64", ("batch",), largest=count - 1),) if count else ()
 
     def classes(self) -> int | None:
         count = self.config["num_class_embeds"]

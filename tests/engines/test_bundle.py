@@ -134,6 +134,8 @@ def test_a_newer_format_says_so(folder):
         (lambda info: info.update(inputs={}), "inputs is no list"),
         (lambda info: info["inputs"][2].update(shape=[2]), "its first axis is not 'batch'"),
         (lambda info: info["inputs"][2].update(shape=["batch", "tokens"]), "unknown axis"),
+        (lambda info: info["inputs"][2].update(largest=-1), "largest value that is no whole number, 0 or more"),
+        (lambda info: info["inputs"][0].update(largest=3), "largest value that is no whole number, 0 or more"),
         (lambda info: info["output"].update(dtype="fp64"), "'sample' is of an unknown type"),
         (lambda info: info["inputs"][1].update(shape=["batch", 2]), "'timestep' is not one number for each row"),
         (lambda info: info["model"].update(parameters=10**30), "parameters is too large"),

@@ -86,6 +86,8 @@ def test_rows_of_different_lengths_are_refused():
         ({"class_labels": np.zeros(3, np.int64)}, "axis 'batch' is 2 in 'hidden_states' and 3", "as many rows"),
         ({"class_labels": np.zeros(2)}, "of type float64", "whole numbers: class_labels"),
         ({"hidden_states": np.zeros((2, 1, 2, 4), np.int64)}, "of type int64", "floating-point"),
+        ({"class_labels": np.array([99, 100])}, "input 'class_labels' holds 100", "feed 0 … 99: class_labels"),
+        ({"class_labels": np.array([0, -1])}, "input 'class_labels' holds -1", "feed 0 … 99: class_labels"),
         ({3: np.zeros(2)}, "unknown input '3'", "known:"),
         ({"hidden_state": np.zeros(2)}, "unknown input 'hidden_state'", "did you mean 'hidden_states'"),
     ],

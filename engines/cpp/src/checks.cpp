@@ -51,6 +51,15 @@ void check_shape(const Info& info, const EngineInfo& engine, const Port& port, c
   }
 }
 
+// Refuses whole numbers beyond those that the model looks up: a GPU would read whatever lies there.
+void check_values(const EngineInfo& engine, const Port& port, const Tensor& tensor) {
+  const auto* values = static_cast<const std::int64_t*>(tensor.data);
+  for (std::int64_t i = 0; port.largest >= 0 && i < tensor.count(); ++i)
+    if (values[i] < 0 || values[i] > port.largest)
+      refuse(engine.name + ": '" + port.name + "' holds " + std::to_string(values[i]),
+             "feed 0 … " + std::to_string(port.largest) + (port.means.empty() ? "" : ": " + port.means));
+}
+
 // Callers give `step` alone: its row is looked up, and an engine without scales for steps ignores it.
 bool is_step(const std::string& name) { return name == STEP || name == STEP_ROW; }
 
@@ -70,6 +79,7 @@ Sizes check_feeds(const Info& info, const EngineInfo& engine, const Feeds& feeds
     if (!found->second.data)
       refuse(engine.name + ": '" + port.name + "' has no data",
              "point it to " + std::to_string(found->second.count()) + " elements");
+    check_values(engine, port, found->second);
     ++known;
   }
   if (known == feeds.size()) return sizes;

@@ -36,8 +36,10 @@ std::vector<Dimension> shape_of(const Cursor& cursor) {
 Port port_of(const Cursor& cursor) {
   Port port{cursor["name"].text(), cursor["dtype"].text(), shape_of(cursor["shape"]), ""};
   if (cursor.has("means")) port.means = cursor["means"].text_or("");
+  if (cursor.has("largest")) port.largest = cursor["largest"].integer(0, LARGEST);
   if (port.dtype != "int64" && port.dtype != "fp32" && port.dtype != "float")
     cursor["dtype"].refuse("int64, fp32 or float");
+  if (port.largest >= 0 && port.dtype != "int64") cursor["dtype"].refuse("int64, beside a largest value");
   if (port.shape.empty() || port.shape[0].axis != "batch") cursor["shape"].refuse("a shape that begins with batch");
   return port;
 }

@@ -119,6 +119,13 @@ void feeds_that_do_not_fit_are_refused_with_what_would() {
   CHECK_SAYS(engine.run(Call(2).feeds(), output, 15), "has 16: [2, 1, 2, 4]");
 }
 
+void values_beyond_the_largest_are_refused() {
+  const Engine engine = engine_of("tiny");
+  const std::int64_t far[] = {99, 100}, below[] = {0, -1};
+  CHECK_SAYS(said(engine, Call(2), [&](Feeds& f) { f["class_labels"].data = far; }), "'class_labels' holds 100");
+  CHECK_SAYS(said(engine, Call(2), [&](Feeds& f) { f["class_labels"].data = below; }), "fix: feed 0 … 99: class_labels");
+}
+
 void a_value_that_the_graph_does_not_take_is_refused_with_where_its_range_stands() {
   const std::int64_t far[] = {11, 3};
   const auto change = [&](Feeds& feeds) { feeds["class_labels"].data = far; };
@@ -306,6 +313,7 @@ int main(int argc, char** argv) {
   an_engine_gives_what_its_network_does();
   half_feeds_are_taken_too();
   feeds_that_do_not_fit_are_refused_with_what_would();
+  values_beyond_the_largest_are_refused();
   a_value_that_the_graph_does_not_take_is_refused_with_where_its_range_stands();
   steps_of_another_schedule_are_refused();
   engines_that_are_not_there_are_refused();

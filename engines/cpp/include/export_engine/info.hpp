@@ -23,6 +23,7 @@ struct Port {
   std::string name, dtype;  // dtype is int64, fp32, or float: the engine's own, which is converted to
   std::vector<Dimension> shape;
   std::string means;  // what is fed, and in which unit
+  std::int64_t largest = -1;  // of whole numbers that look something up, from 0; -1: any
 };
 
 // Options under which ONNX Runtime computes what the graph says.
