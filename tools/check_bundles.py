@@ -75,7 +75,7 @@ Drawn = dict[str, NDArray[np.float32]]  # latents, and where there is a whole pi
 def bundled(model: str, name: str, out: Path) -> tuple[Path, list[str]]:
     """Returns a recipe's bundle, made by methods that hardly trained, and what its recorded pictures show."""
     checkpoint = open_checkpoint(model)
-    folder = out / checkpoint.name / name
+    folder = out / Path(model).name / name
     calibration = calibrate(checkpoint, folder.parent / "calibration", samples=SAMPLES)
     source = quantize(checkpoint, untrained(name), calibration, folder / "run/quantized")
     graph = lower(source, folder / "run/graph/fp32", dtype="fp32")
@@ -174,7 +174,7 @@ def checked(model: str, name: str, program: Path | None, out: Path) -> Json:
     limit = picture["limits_db"]["fp32"]
     rows = golden.rows(engines.load(path), opened)
     return {
-        "model": open_checkpoint(model).name, "recipe": name, "runtimes": sorted({*drawn} - {"recorded"}),
+        "model": Path(model).name, "recipe": name, "runtimes": sorted({*drawn} - {"recorded"}),
         "bytes": opened.artifact.bytes,
         "golden_passed": sum(row["passed"] for row in rows), "golden_rows": len(rows),
         "whole_pipeline": opened.info["pipeline"] is not None,
