@@ -56,7 +56,7 @@ class Options:
     iterations: int = 800
     batch: int = 64
     rows: int = 12288
-    weight_rate: float = 0.02
+    weight_rate: float = 0.005
     scale_rate: float = 1e-3
     activation_rate: float = 1e-3
     shift_rate: float = 0.02
