@@ -214,10 +214,10 @@ REARRANGED: Sequence[Callable[[np.ndarray, int], np.ndarray]] = (
     lambda value, much: value[None],
     lambda value, much: value[:much] if value.ndim else value,
     lambda value, much: value.ravel()[:1].reshape(()) if value.size else value,
-    lambda value, much: np.repeat(value, much % 9, axis=0) if value.ndim else value,
+    lambda value, much: np.repeat(value, much % 9, axis=0) if value.ndim and value.size < MOST else value,
     lambda value, much: value.T,
     lambda value, much: value.astype(("i1", "u8", "f2", "f8", "?", "i8", "f4")[much % 7]),
-    lambda value, much: np.full_like(value, (0, 1, -1, 127)[much % 4]),
+    lambda value, much: np.full_like(value, np.int64((0, 1, -1, 127)[much % 4]).astype(value.dtype)),
     lambda value, much: value.astype("f4") + np.float32((np.nan, np.inf, -np.inf, 3e38)[much % 4]),
 )
 
