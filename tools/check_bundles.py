@@ -6,7 +6,7 @@ Methods that train take one iteration, on few trajectories: what is compared are
 row is a bundle: its recorded calls, the least PSNR between any two runtimes and against what was recorded, the limit
 (60 dB, or 3 dB under the lowest floor where that is lower), and how many of 200 flipped bytes were refused. Where a
 bundle carries a whole pipeline, Python without torch draws pictures from captions and C++ from token ids; they are held
-against each other, the recorded ones and the drop-in's. Exit code 3 where one falls short.
+against each other and the recorded ones. Exit code 3 where one falls short.
 """
 
 from __future__ import annotations

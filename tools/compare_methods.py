@@ -89,7 +89,7 @@ class Variant:
 
 
 # Of all in DilateQuant's tables that train: blocks each have so many. A quarter of the shipped recipes' rows in all on
-# shapes-unet, where those would take an hour for every cell.
+# shapes-unet, where those would take an hour of one core for every cell, by preflight's estimate.
 TRAINED = {
     "digits-dit": {"iterations": 800, "batch": 64, "rows": 12288},
     "shapes-unet": {"iterations": 400, "batch": 32, "rows": 12288},
