@@ -19,6 +19,9 @@ FP32_AGREEMENT_DB = 120.0
 # yet without consequence. What lies this far below the quantization error, a hundredth of its power, is let pass.
 NEGLIGIBLE_DB = 20.0
 ACCURACY_MARGIN = 0.01  # of the float model's task score
+# How much nearer to the float model's images than another seed's are, at least. The mean of all that could be drawn,
+# which shows nothing, has half the squared error of another draw: 3 dB nearer.
+SEED_MARGIN_DB = 3.0
 NAMED = 3  # layers that a check names
 
 
@@ -34,6 +37,7 @@ def checks(report: Json) -> list[Json]:
     name = f"NaN or infinite values in the images of {scores['runner']}"
     told = [line for (runner, _), line in origins.items() if runner == scores["runner"]]
     found.append(check(name, scores["not_finite"], "", 0, told[0] if told and scores["not_finite"] else None))
+    found.append(_likeness(scores))
     if score := scores["task_score"]:
         found.append(check(f"{score['name']} lost", score["lost"]["mean"], "", ACCURACY_MARGIN))
     return found
@@ -81,6 +85,16 @@ def _precision(engine: Json) -> Json:
 def _compression(engine: Json) -> Json:
     beyond = engine["weight_bytes"] / engine["graph_weight_bytes"] - 1
     return check(f"weights of {engine['backend']} beyond the graph's", beyond, "", SHARE)
+
+
+def _likeness(scores: Json) -> Json:
+    """Returns the check that every model has, with a task or without: images are those that the float model draws."""
+    psnr = scores["psnr_db"]
+    floor, low = psnr["noise_floor"], psnr["ci95"][0]
+    detail = f"{psnr['mean']:.1f} dB against the float model's of the same noise; float against float, {floor:.1f} dB"
+    name = f"PSNR of another seed's images over that of {scores['runner']}'s"
+    found = check(name, floor - low, "dB", -SEED_MARGIN_DB)
+    return found if found["passed"] else found | {"detail": detail}
 
 
 def origin_line(origin: Json) -> str:

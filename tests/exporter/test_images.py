@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from calib_data import shapes, shipped
 from exporter import images
 from exporter.checkpoint import open_checkpoint
+from exporter.checks import SEED_MARGIN_DB, checks
 from exporter.images import SEED_OFFSET, Pictures, judge, scores
 from exporter.runners import TorchRunner
 
@@ -21,6 +22,7 @@ SETS = {"frechet_distance", "precision", "recall"}
 SHAPES = SimpleNamespace(
     in_pixels=True, sampler={"task": "shapes"}, task_net=shipped.folder("shapes-unet") / "features.safetensors"
 )
+WITHOUT_TASK = SimpleNamespace(in_pixels=True, sampler={}, task_net=None)
 CAPTIONS = [
     f"a {size} {colour} {shape} {place}"
     for size, colour, shape in zip(
@@ -95,6 +97,37 @@ def test_images_of_something_else_lose_what_was_asked(reference, again):
     assert found["float"] > 0.95
     assert found["lost"]["mean"] == pytest.approx(found["float"] - found["quantized"])
     assert found["lost"]["ci95"][0] > found["lost"]["noise_floor"]
+
+
+def likeness(images):
+    """Returns the check that images are the float model's, of a model without a task."""
+    report = {"engines": [], "accuracy": {"per_step": [], "lowering": [], "origins": [], "images": images}}
+    _, found = checks(report)
+    assert "another seed's images" in found["name"]
+    return found
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1])
+def test_images_near_the_float_models_pass_without_a_task(noise, reference, again):
+    near = reference + noise * torch.randn(reference.shape, generator=torch.Generator().manual_seed(3))
+    found = likeness(scores(WITHOUT_TASK, "ort", pictures(reference, near, again)))
+    assert found["passed"]
+    assert found["detail"] is None
+
+
+def test_images_that_show_nothing_of_the_float_models_fail_without_a_task(reference, again):
+    nothing = {
+        "black": torch.full_like(reference, -1.0),
+        "gray": torch.zeros_like(reference),
+        "of another sample": reference.roll(7, 0),
+        "of another seed": drawn(2),
+        "noise": torch.randn(reference.shape, generator=torch.Generator().manual_seed(3)),
+    }
+    for name, images_ in nothing.items():
+        found = likeness(scores(WITHOUT_TASK, "ort", pictures(reference, images_, again)))
+        assert not found["passed"], name
+        assert found["limit"] == -SEED_MARGIN_DB
+        assert "dB against the float model's of the same noise; float against float" in found["detail"], name
 
 
 def test_too_few_images_for_scores_of_sets_are_told(reference, again, capsys):
