@@ -1,4 +1,4 @@
-"""The README's commands and names are those of the code."""
+"""The commands and names of the README, and of what it sends its readers to, are those of the code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from common import ROOT
 
 README = (ROOT / "README.md").read_text()
+RECIPES = (ROOT / "docs" / "recipes.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 WORKFLOW = (ROOT / "docs" / "check-workflow.yml").read_text()
 
@@ -52,13 +53,13 @@ def test_the_workflow_keeps_what_its_gate_writes():
     assert "\t" not in WORKFLOW
 
 
-def test_the_recipe_in_the_readme_is_valid():
+def test_the_recipe_in_the_documentation_is_valid():
     import tomllib
 
     from exporter import recipe
 
-    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    parsed = recipe.parse("readme", tomllib.loads(text))
+    (text,) = re.findall(r"```toml\n(.*?)```", RECIPES, re.DOTALL)
+    parsed = recipe.parse("recipes", tomllib.loads(text))
     assert len(parsed.rules) == 3
 
 
@@ -68,9 +69,27 @@ def test_make_targets_of_the_readme_exist(target):
     assert f"\n{target}: " in MAKEFILE
 
 
-def test_files_the_readme_points_to_exist():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+def test_every_method_and_each_of_its_options_is_explained():
+    from dataclasses import fields
+
+    from exporter import methods
+
+    _, text = RECIPES.split("## Methods and their options")
+    for name in methods.names():
+        assert f"`{name}`" in text
+        for option in fields(methods.load(name).Options):
+            assert f"`{option.name}`" in text, f"{name}: {option.name}"
+
+
+@pytest.mark.parametrize("document", ["README.md", *sorted(f"docs/{one.name}" for one in (ROOT / "docs").glob("*.md"))])
+def test_files_and_headings_that_documents_point_to_exist(document):
+    path = ROOT / document
+    for link, _, anchor in re.findall(r"\]\(([^)#:]*)(#([^)]*))?\)", path.read_text()):
+        target = path.parent / link if link else path
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}, anchor
 
 
 CARDS = {
