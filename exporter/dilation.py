@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-TIE = 1e-4  # factors that exceed 1 by no more are 1: what fp16 and fp32 may disagree on
+TIE = 1e-4  # factors that exceed 1 by no more are 1: a tie, but for the rounding of fp32
 MOST = 1024.0  # a factor's cap: a channel that hardly counts must not be divided into fp16's subnormals
 
 

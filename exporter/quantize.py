@@ -247,7 +247,6 @@ def _info(
         "allowed": plan.allowed(),
         "splits": dict(plan.splits),
         "points": {path: spec.to_json() for path, spec in plan.points.items()},
-        "smoothed_layers": sorted(path for paths in factors for path in paths.split("+")),
         "factors": {paths: scaling.summary(factor) for paths, factor in factors.items()},
         "weights": quantized.storage(model) | {"kept_layers": len(plan.rules) - len(plan.specs)},
         **{key: calibration.info[key] for key in ("timesteps", "entries")},

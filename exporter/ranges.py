@@ -29,10 +29,6 @@ class Ranges:
         rows = x.abs().flatten(1).amax(dim=1).float()
         largest.scatter_reduce_(0, steps.repeat_interleave(len(x) // len(steps)), rows, "amax")
 
-    def told(self, path: str) -> bool:
-        """Whether the rows of what the layer reads belong to steps."""
-        return path not in self._untold
-
     def share(self, leaders: Mapping[str, str]) -> None:
         """Gives layers what their leaders saw: those read the same."""
         for path, leader in leaders.items():

@@ -230,7 +230,7 @@ def parse(name: str, source: Mapping[str, Any], given_as: str | None = None) -> 
         raise UserError(f"{where}: has no rules", fix="write at least one [[rule]]")
     made = tuple(_rule(rule, f"{where}, rule {number}") for number, rule in enumerate(rules, 1))
     calibration = _calibration(source.get("calibration", {}), f"{where}, [calibration]")
-    if calibration.record_steps is not None and any(map(_trains_by_step, made)):
+    if calibration.record_steps is not None and _trains_by_step(made):
         raise UserError(
             f"{where}: record_steps leaves out steps whose scales are to be trained",
             fix="leave record_steps out: every step is recorded then",
@@ -238,9 +238,16 @@ def parse(name: str, source: Mapping[str, Any], given_as: str | None = None) -> 
     return Recipe(name, source, made, calibration)
 
 
-def _trains_by_step(rule: Rule) -> bool:
-    stepped = rule.activation is not None and rule.activation.granularity == "step"
-    return stepped and rule.method is not None and methods.load(rule.method.name).TRAINS
+def _trains_by_step(rules: Sequence[Rule]) -> bool:
+    """Whether scales of steps are trained: of what a rule's method trains, and of attentions where one trains those."""
+
+    def stepped(rule: Rule) -> bool:
+        return rule.activation is not None and rule.activation.granularity == "step"
+
+    named = [(rule, rule.method, methods.load(rule.method.name)) for rule in rules if rule.method]
+    training = [(rule, method) for rule, spec, method in named if method.TRAINS and spec.options.trains]
+    products = [rule for rule in rules if rule.type == "attention" and any(method.POINTS for _, method in training)]
+    return any(map(stepped, [*products, *(rule for rule, _ in training)]))
 
 
 def _calibration(table: Mapping[str, Any], where: str) -> CalibrationSpec:
@@ -277,6 +284,12 @@ def _rule(table: Any, where: str) -> Rule:
     if "allow" in table and table["allow"] not in ALLOWED:
         raise unknown("allow", str(table["allow"]), ALLOWED, where)
     rule = Rule(**{key: table[key] for key in RULE_KEYS if key in table})
+    selectors = {"grouped", "narrower_than", "fewer_weights_than"} & table.keys()
+    if rule.type == "attention" and selectors:
+        raise UserError(
+            f"{where}: is of attentions and says {min(selectors)}, which is asked of layers",
+            fix="choose attentions by `layers` and `scope`",
+        )
     if "keep" in table:
         return _keep(rule, table, where)
     if rule.type == "attention":
@@ -324,8 +337,7 @@ def _rule(table: Any, where: str) -> Rule:
 
 
 def _products(rule: Rule, table: Mapping[str, Any], where: str) -> Rule:
-    extra = {"weight", "method", "split_skips", "grouped", "narrower_than", "fewer_weights_than", "deployable"}
-    extra &= table.keys()
+    extra = {"weight", "method", "split_skips", "deployable"} & table.keys()
     if extra or "activation" not in table:
         found = f"says {min(extra)}" if extra else "says no activation"
         raise UserError(f"{where}: is of attentions and {found}", fix="products have activations alone: write that")

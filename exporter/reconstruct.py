@@ -24,12 +24,13 @@ from calib_data.tensors import load_tensors, save_tensors, save_whole
 from engines.artifacts import Json, read_json, write_json
 from engines.errors import UserError
 from exporter import progress, steps
+from exporter.metrics import finite
 from exporter.models import Family
 from exporter.runners import TorchRunner
 from exporter.samples import Samples
 
 SAVE_SECONDS, SAVE_SHARE = 60.0, 0.05  # between two savings of what is being trained; of the time, what saving may take
-RECORD = "record.json"  # in a folder of training, beside its state
+STATE, RECORD = "training.safetensors", "record.json"  # in a folder of training: what goes on, and what it came to
 OUTPUT = ""  # the path of the model itself, whose output is one more target where blocks are trained jointly
 Rows = dict[str, torch.Tensor]
 
@@ -147,12 +148,13 @@ class Calls(ABC):
     def batch(self, size: int, generator: torch.Generator) -> Iterator[Rows]:
         """Yields `size` rows, drawn: of one chunk, or where chunks are smaller of as few as it takes, chunk by chunk.
 
-        So no more rows are computed at once than the model is run on.
+        So no more rows are computed at once than the model is run on; where there are fewer to train on, all of them.
         """
         count = min(-(-size // self._rows), self._training)
-        for number in torch.randint(self._training, (count,), generator=generator).tolist():
+        for part, number in enumerate(torch.randint(self._training, (count,), generator=generator).tolist()):
             chunk = self.read(number)
-            index = torch.randperm(len(next(iter(chunk.values()))), generator=generator)[: size // count]
+            share = size // count + (part < size % count)
+            index = torch.randperm(len(next(iter(chunk.values()))), generator=generator)[:share]
             yield {name: tensor[index] for name, tensor in chunk.items()}
 
     def error(self) -> float:
@@ -288,10 +290,10 @@ def train(calls: Calls, phases: Sequence[Phase], batch: int, what: str, folder: 
     """Trains phase by phase; one that ends farther from the float outputs than it began is taken back.
 
     That is judged on trajectories that were not trained on. What is under way is saved in `folder` from time to time,
-    and gone on with where it is found there.
+    and gone on with where it is found there; `forget_state` removes it, once the result is safe.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    saved = _Saved(folder / "training.safetensors", phases)
+    saved = _Saved(folder / STATE, phases)
     for number, phase in enumerate(phases):
         if number < saved.phase or not phase.iterations:
             continue
@@ -305,12 +307,17 @@ def train(calls: Calls, phases: Sequence[Phase], batch: int, what: str, folder: 
         phase.train(False)
         error = calls.error()
         kept = error <= saved.error  # NaN is no gain
-        found = {"iterations": phase.iterations, "error_before": saved.error, "error_after": error, "kept": kept}
+        errors = {"error_before": finite(saved.error), "error_after": finite(error)}
+        found = {"iterations": phase.iterations, **errors, "kept": kept}
         if not kept:
             _set(parameters, saved.before or [])
         found |= phase.facts()
         _note(folder, phase.name, found)
-    saved.remove()
+
+
+def forget_state(folder: Path) -> None:
+    """Removes what training went on from."""
+    (folder / STATE).unlink(missing_ok=True)
 
 
 def _note(folder: Path, phase: str, found: Json) -> None:
@@ -353,7 +360,7 @@ def _iterate(calls: Calls, phase: Phase, batch: int, what: str, saved: _Saved) -
                 raise UserError(
                     f"{what}: the loss is {loss.item()} at iteration {iteration + 1} of {phase.iterations}"
                     f"{calls.fault()}",
-                    fix="lower the method's rates; the same recipe, given again, goes on from what was trained before",
+                    fix="lower the method's rates: with others it trains anew; what is finished is kept for this one",
                     keeps=True,
                 )
             loss.backward()  # type: ignore[no-untyped-call]
@@ -393,7 +400,9 @@ class _Saved:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for name in ("step", "exp_avg", "exp_avg_sq"):
             for parameter, value in zip(parameters, self._list(name), strict=True):
-                optimizer.state[parameter][name] = value
+                # fused Adam goes through memory: an average lies as its parameter does, which may be transposed
+                like = value if name == "step" else torch.empty_like(parameter).copy_(value)
+                optimizer.state[parameter][name] = like
         return int(self._state["iteration"])
 
     def save(self, iteration: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
@@ -411,6 +420,3 @@ class _Saved:
         save_whole(state, self._path)
         self._at = time.monotonic()
         self._spent = self._at - started
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)

@@ -98,15 +98,20 @@ def method_lines(methods: Sequence[Json], training: Mapping[str, Json]) -> list[
     found = [", ".join(f"{one['name']} ({one['layers']} layers)" for one in methods)]
     for phase in dict.fromkeys(name for record in training.values() for name in record):
         rows = [record[phase] for record in training.values() if phase in record]
-        before, after = (sum(row[f"error_{when}"] for row in rows) / len(rows) for when in ("before", "after"))
+        before, after = (_mean([row[f"error_{when}"] for row in rows]) for when in ("before", "after"))
         kept = sum(row["kept"] for row in rows)
         found.append(
-            f"training of {phase}: relative error {before:.3g} → {after:.3g} on trajectories kept apart, "
+            f"training of {phase}: relative error {before} → {after} on trajectories kept apart, "
             f"kept in {kept} of {len(rows)}"
         )
         if least := sum(row.get("scales_at_the_least", 0) for row in rows):
             found[-1] += f"; {least} scales of activations ended at the least there is"
     return found
+
+
+def _mean(errors: Sequence[float | None]) -> str:
+    finite = [error for error in errors if error is not None]
+    return f"{sum(finite) / len(finite):.3g}" if len(finite) == len(errors) else "not finite"
 
 
 def activations_line(counts: Mapping[str, Mapping[str, int]]) -> str:

@@ -14,7 +14,10 @@ from engines.errors import UserError
 
 @dataclass(frozen=True)
 class Position:
-    """One call's rows: their `step` [batch] int64; while a graph is traced, `columns` of its table, [batch, 1] each."""
+    """One call's rows: their `step` [batch] int64.
+
+    While a graph is traced, `step` is the rows of its table [batch, n], and `columns` are these, [batch, 1] each.
+    """
 
     step: torch.Tensor
     columns: Sequence[torch.Tensor] = ()

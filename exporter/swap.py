@@ -94,6 +94,7 @@ class Training:
 def prepare(model: nn.Module, family: Family, plan: Plan, data: CalibrationSet, folder: Path) -> Training:
     """Records the float model's outputs for all that is trained: first, since disk and rules may fall short there."""
     found = list(scopes(model, family, plan))
+    _check_recorded(found, plan, data)
     return Training(found, _record(model, family, plan, found, data, folder) if found else None, folder)
 
 
@@ -114,6 +115,7 @@ def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, trai
         folder = work / scope.name
         if not (folder / DONE).exists():  # a kill left it, whole
             save_whole(_trained(model, family, scope, plan, start, training), folder / DONE)
+            reconstruct.forget_state(folder)
         state = load_tensors(folder / DONE, f"remove it, and the same command trains {scope.name} anew")
         for path in scope.paths:
             leaves = {name.removeprefix(f"{path}."): t for name, t in state.items() if name.startswith(f"{path}.")}
@@ -157,6 +159,21 @@ def scopes(model: nn.Module, family: Family, plan: Plan) -> Iterator[Scope]:
     if joint:
         yield scope("jointly", joint)
     yield from (scope(block, [block]) for block in blocks if block not in joint)
+
+
+def _check_recorded(scopes: Sequence[Scope], plan: Plan, data: CalibrationSet) -> None:
+    """Raises a UserError if scales of steps are to be trained that calibration left out."""
+    for scope in scopes:
+        rules = {path: plan.rules[path].activation for path in scope.paths if _trains(plan, path)}
+        rules |= {path: plan.products[path] for path in scope.points}
+        stepped = [path for path, rule in rules.items() if rule and rule.granularity == "step"]
+        count = len(data.artifact.info["timesteps"])
+        if stepped and len(data.steps) < count:
+            raise UserError(
+                f"{data.artifact.path}: recorded {len(data.steps)} of {count} sampling steps, and the scales of all "
+                f"are to be trained, those of {stepped[0]!r} first",
+                fix="calibrate without record_steps",
+            )
 
 
 def _trains(plan: Plan, path: str) -> bool:

@@ -109,7 +109,12 @@ def section(model: str, found: Mapping[str, Json]) -> str:
     """Returns a model's part of the document, in Markdown."""
     lines = [f"### {model}", "", *table(found), ""]
     lines += [f"![PSNR against bits per weight, {model}](methods/{model}/psnr.png)", ""]
-    lines += ["**Held against the bars**, which were set before anything was measured:", "", *(f"- {claim}" for claim in claims(model, found)), ""]
+    lines += [
+        "**Held against the bars**, which were set before anything was measured:",
+        "",
+        *(f"- {claim}" for claim in claims(model, found)),
+        "",
+    ]
     if "grids" in found:
         lines += ["**Which grid suits which layer.**", "", *grid_lines(found["grids"])]
         lines += ["", f"![kurtosis against the float grid's gain, {model}](methods/{model}/grids.png)", ""]

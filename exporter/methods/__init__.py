@@ -20,6 +20,7 @@ from exporter import catalog
 from exporter.models import Fold
 from exporter.tensors import CodebookTensor, QuantizedTensor
 
+LARGEST = 2.0**53  # of an option: the whole numbers up to there are floats too
 Moments = Literal["none", "diagonal", "full"]
 
 
@@ -133,9 +134,13 @@ def options(name: str, values: Mapping[str, Any], where: str) -> Any:
     except UserError as error:
         raise UserError(f"{where}: {error.what}", fix=error.fix) from error
     for key, value in values.items():
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(
                 f"{where}: {key} = {value!r} is no finite number",
                 fix=f"write a number; the default is {known[key].default!r}",
+            )
+        if abs(value) > LARGEST:
+            raise UserError(
+                f"{where}: {key} is beyond {LARGEST:.0e}", fix=f"write a number; the default is {known[key].default!r}"
             )
     return made

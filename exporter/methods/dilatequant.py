@@ -126,8 +126,9 @@ class DistilledLayer(QuantizedLayer):
         self.weight = nn.Parameter(oriented(source, spec).clone())
         self.log_weight_scale = nn.Parameter(tensor.scale.log())
         live = self.weight.detach().abs().amax(dim=[d for d in range(self.weight.ndim) if d != self.axis]) > 0
-        scales = tensor.scale[live] if tensor.scale.ndim and live.any() else tensor.scale
-        self.unit = float(scales.mean())  # between two codes, of the mean channel that is not all zeros
+        scales = tensor.scale[live] if tensor.scale.ndim else tensor.scale
+        # between two codes, of the mean channel that is not all zeros: in a layer of zeros nothing moves
+        self.unit = float(scales.mean()) if live.any() else 0.0
         self.given = activation
         if spec.activation:
             self.log_scale = nn.Parameter(activation["activation_scale"].log())
@@ -257,7 +258,7 @@ class _Distillation(Phase):
         return list(dict.fromkeys(found))
 
     def share_of_rate(self, done: float) -> float:
-        """Returns the cosine's share. Source: methods.md section 2."""
+        """Returns the cosine's share, which is our choice."""
         return (1 + math.cos(math.pi * done)) / 2
 
     def settle(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from engines.errors import UserError
+from exporter.activations import LEAST_SCALE
 from exporter.formats import Format
 from exporter.methods import Moments, check_whole, fp_search
 from exporter.modules import QuantizedLayer
@@ -32,6 +33,7 @@ INTEGERS_ONLY = False
 CODEBOOKS = False
 CHOOSES_FORMAT = True
 factors = fp_search.factors
+MOST_SCALE = 65504.0  # of an activation: fp16's largest number
 STRETCH, SHIFT = 1.2, 0.1  # Source: AdaRound, equation 23 and below: ζ − γ with ζ = 1.1, γ = −0.1
 BETA = (20.0, 2.0)  # the regulariser's exponent, annealed. Source: methods.md section 1, after Q-Diffusion
 
@@ -139,7 +141,10 @@ class RoundedLayer(QuantizedLayer):
         return (self._low + self._step * self.soft) * self._spread
 
     def _quantized_input(self, x: torch.Tensor, fmt: Format) -> torch.Tensor:
-        return straight_through(x, self.log_scale.exp(), fmt)
+        return straight_through(x, self._activation_scale(), fmt)
+
+    def _activation_scale(self) -> torch.Tensor:
+        return self.log_scale.exp().clamp(LEAST_SCALE, MOST_SCALE)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns what a quantized layer holds of it: codes, and scales that fp16 holds."""
@@ -147,7 +152,7 @@ class RoundedLayer(QuantizedLayer):
             values = self._low + self._step * (self.rounding() >= 0.5)
             found = {"weight_codes": self.spec.weight.encode(values), "weight_scale": self.weight_scale}
             if self.spec.activation:
-                found["activation_scale"] = self.log_scale.exp().half().float()
+                found["activation_scale"] = self._activation_scale().half().float()
         return found
 
 

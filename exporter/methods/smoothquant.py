@@ -17,6 +17,7 @@ from exporter.methods import Moments, rtn
 from exporter.models import Fold
 from exporter.modules import float_layer
 from exporter.recipe import WeightSpec
+from exporter.specs import FloatLayer
 from exporter.tensors import QuantizedTensor
 
 NEEDS_CHANNEL_ABSMAX = True
@@ -54,17 +55,17 @@ def factors(
 ) -> dict[str, torch.Tensor]:
     found = {}
     for group in scaling.groups(paths, folds, multiply=options.multiply):
-        largest = torch.stack([channel_weight_max(float_layer(model, path).weight) for path in group]).amax(dim=0)
+        largest = torch.stack([channel_weight_max(float_layer(model, path)) for path in group]).amax(dim=0)
         # Readers of one tensor saw the same; those of a joint attention's two halves did not.
         seen = torch.stack([channel_absmax[path] for path in group]).amax(dim=0)
-        if len(seen) == len(largest):  # a convolution in groups reads more channels than each of its weights
-            found[scaling.key(group)] = smoothing_factor(seen, largest, options.alpha)
+        found[scaling.key(group)] = smoothing_factor(seen, largest, options.alpha)
     return found
 
 
-def channel_weight_max(weight: torch.Tensor) -> torch.Tensor:
-    """Returns the largest magnitude over all but the input channels, [in]."""
-    return weight.detach().abs().transpose(0, 1).flatten(1).amax(dim=1)
+def channel_weight_max(layer: FloatLayer) -> torch.Tensor:
+    """Returns the largest magnitude that each input channel meets, [in]; each group of a convolution has its own."""
+    weight, groups = layer.weight.detach().abs(), getattr(layer, "groups", 1)
+    return weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).amax(dim=(1, 3)).flatten()
 
 
 def smoothing_factor(activation_max: torch.Tensor, weight_max: torch.Tensor, alpha: float) -> torch.Tensor:

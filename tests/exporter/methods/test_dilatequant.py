@@ -22,6 +22,7 @@ from exporter.methods import dilatequant
 from exporter.modules import quantized_layer
 from exporter.quantize import quantize
 from exporter.recipe import WeightSpec
+from exporter.report import method_lines
 from exporter.runners import TorchRunner
 from exporter.specs import LayerSpec, oriented
 
@@ -111,10 +112,12 @@ def tiny(tmp_path_factory):
     return checkpoint, calibrate(checkpoint, folder / "calibration", samples=16)
 
 
+STEPPED = {"format": "int", "bits": 4, "observer": "mse", "granularity": "step"}
+
+
 def asked(**options):
-    activation = {"format": "int", "bits": 4, "observer": "mse", "granularity": "step"}
     method = {"name": "dilatequant", "iterations": 30, "batch": 8, "rows": 32, **options}
-    rule = {"layers": "*", "weight": {"format": "int", "bits": 4}, "activation": activation, "method": method}
+    rule = {"layers": "*", "weight": {"format": "int", "bits": 4}, "activation": STEPPED, "method": method}
     return recipe.parse("test", {"rule": [{"layers": "*", "scope": "outside_blocks", "keep": "float"}, rule]})
 
 
@@ -227,10 +230,89 @@ def test_weights_that_dilation_says_nothing_of_are_refused(weight):
         recipe.parse("mine", {"rule": [{"layers": "*", "weight": weight, "method": {"name": "dilatequant"}}]})
 
 
-def test_steps_that_are_not_recorded_cannot_be_trained():
-    source = dict(asked().source) | {"calibration": {"record_steps": [0, 2]}}
+PRODUCTS = {"layers": "*", "type": "attention", "activation": STEPPED}
+
+
+@pytest.mark.parametrize("activation", [STEPPED, None], ids=["layers", "attention's products"])
+def test_steps_that_are_not_recorded_cannot_be_trained(activation):
+    *rules, rule = asked().source["rule"]
+    rule = {key: value for key, value in rule.items() if key != "activation"}
+    if activation:
+        rule["activation"] = activation
+    source = {"calibration": {"record_steps": [0, 2]}, "rule": [*rules, PRODUCTS, rule]}
     with pytest.raises(UserError, match="record_steps leaves out steps"):
         recipe.parse("mine", source)
+
+
+def test_steps_that_are_not_recorded_may_have_the_nearest_ones_scale_where_nothing_trains():
+    source = dict(asked(iterations=0).source) | {"calibration": {"record_steps": [0, 2]}}
+    assert recipe.parse("mine", source).calibration.record_steps == (0, 2)
+
+
+def test_a_calibration_of_another_recipe_that_left_steps_out_is_refused(tiny, tmp_path):
+    checkpoint, _ = tiny
+    few = calibrate(checkpoint, tmp_path / "calibration", samples=4, record_steps=(0, 2))
+    with pytest.raises(UserError, match=r"recorded 2 of 3 sampling steps.*'transformer_blocks\.0") as caught:
+        quantize(checkpoint, asked(), few, tmp_path / "out")
+    assert "record_steps" in caught.value.fix
+    assert quantize(checkpoint, asked(iterations=0), few, tmp_path / "out").info["training"] == {}
+
+
+@pytest.mark.parametrize("key", ["narrower_than", "fewer_weights_than"])
+@pytest.mark.parametrize("rest", [{"keep": "float"}, {"activation": STEPPED}], ids=["kept", "quantized"])
+def test_attentions_are_not_chosen_by_what_layers_are(key, rest):
+    with pytest.raises(UserError, match=f"is of attentions and says {key}"):
+        recipe.parse("mine", {"rule": [{"layers": "*", "type": "attention", key: 16, **rest}]})
+
+
+def test_an_option_beyond_all_bounds_is_named():
+    with pytest.raises(UserError, match="rows is beyond"):
+        asked(rows=10**400)
+
+
+def test_a_layer_of_zeros_stays_one():
+    source, layer = layer_of()
+    source.weight.zero_()
+    start = methods.load("rtn").quantize_weight(oriented(source, layer.spec), WeightSpec(Int(4)), 1, None)
+    zeros = dilatequant.layer(source, layer.spec, start, layer.given, dilatequant.Options())
+    (phase,) = dilatequant.phases([zeros], layer_options())
+    assert {rate for group, rate in phase.groups() if group and group[0] is zeros.weight} == {0.0}
+
+
+@pytest.mark.parametrize("at", [3, 17])
+def test_a_killed_run_ends_where_it_would_have(at, tiny, tmp_path, monkeypatch):
+    checkpoint, calibration = tiny
+    monkeypatch.setattr(reconstruct, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(reconstruct, "SAVE_SHARE", float("inf"))
+    whole = quantize(checkpoint, asked(), calibration, tmp_path / "whole")
+    count, original = 0, reconstruct._Saved.save
+
+    def save(*arguments):
+        nonlocal count
+        original(*arguments)
+        count += 1
+        if count == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(reconstruct._Saved, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(checkpoint, asked(), calibration, tmp_path / "killed")
+    assert quantize(checkpoint, asked(), calibration, tmp_path / "killed").digest == whole.digest
+
+
+def test_training_that_ends_in_no_number_is_taken_back_and_told(tiny, tmp_path):
+    """The loss before the one iteration is a number; what it does to the scales is not."""
+    checkpoint, calibration = tiny
+    source = quantize(checkpoint, asked(iterations=1, scale_rate=1e3), calibration, tmp_path / "out")
+    (told,) = (record["weights and scales"] for record in source.info["training"].values())
+    assert told["error_before"] > 0
+    assert told["error_after"] is None
+    assert not told["kept"]
+    (_, line) = method_lines(source.info["recipe"]["methods"], source.info["training"])
+    assert "→ not finite on trajectories kept apart, kept in 0 of 1" in line
+    for one in quantized.quantized_layers(quantized.load(source)).values():
+        assert one.weight_scale.isfinite().all()
 
 
 def test_without_iterations_nothing_is_recorded_for_training(tiny, tmp_path, monkeypatch):

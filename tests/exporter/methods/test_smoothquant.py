@@ -212,3 +212,20 @@ def test_alpha_outside_its_range_is_the_users_error(alpha):
     with pytest.raises(UserError, match=f"alpha = {alpha}") as caught:
         Options(alpha)
     assert "0 … 1" in caught.value.fix
+
+
+def test_a_convolution_in_groups_is_smoothed_by_what_each_group_reads():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(8, 12, 3, groups=4)
+    model = torch.nn.ModuleDict({"conv": conv})
+    x = torch.randn(2, 8, 5, 5)
+    x[:, 3] *= 50
+    before = conv(x)
+    seen = x.abs().amax(dim=(0, 2, 3))
+    factors = smoothquant.factors(model, ["conv"], [], {"conv": seen}, Options())
+    assert factors["conv"].shape == (8,)
+    assert factors["conv"].argmax() == 3
+    # channels 2 and 3 are those of the second group, whose outputs are 3 to 5
+    assert torch.allclose(factors["conv"][3], (seen[3] / conv.weight[3:6, 1].abs().max()).sqrt().detach(), rtol=1e-5)
+    scaling.apply(model, [], factors)
+    assert torch.allclose(conv(x), before, rtol=1e-4, atol=1e-4)  # fp32 rounds otherwise
