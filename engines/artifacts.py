@@ -120,14 +120,23 @@ def inside(folder: Path, name: str, *, links: bool = False) -> Path:
 
 def write_json(path: Path, value: object) -> None:
     """Writes indented JSON through a temporary name, so that a reader never meets half a file."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name that takes the place of `path` once it is written; on an error nothing is left of it."""
     temporary = path.with_name(f".{path.name}.partial")
     with writing_errors(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, *, fix: str = "mend it, or restore the file as it was") -> Json:
@@ -276,11 +285,22 @@ def _types(entry: Json) -> ItemsView[str, type]:
 
 
 def current(path: Path, request: Request) -> Artifact | None:
-    """Returns the artifact at `path` if it was made by the same request, else None; a damaged one is an error."""
+    """Returns the artifact at `path` if it was made by the same request, else None; a damaged one is an error.
+
+    One of an earlier version of export-engine, which wrote another schema, is None too: it is made again.
+    """
     again = f"delete {path} and make it again"
-    if not (path / MANIFEST).is_file() or _read(path, again).manifest.get("request") != request.digest:
+    if not (path / MANIFEST).is_file() or outdated(path, again):
+        return None
+    if _read(path, again).manifest.get("request") != request.digest:
         return None
     return open_artifact(path, request.kind)
+
+
+def outdated(path: Path, again: str) -> bool:
+    """Whether an artifact is of an earlier schema, which this version does not read; `again`: see `_read`."""
+    version = read_json(path / MANIFEST, fix=again).get("schema_version")
+    return isinstance(version, int) and version < SCHEMA_VERSION
 
 
 class Draft:
@@ -299,19 +319,27 @@ def drafting(path: Path, request: Request, *, resumable: bool = False) -> Iterat
     """Yields a draft in a hidden sibling folder and, on success, renames it to `path`; on an error removes it.
 
     A `resumable` draft survives a kill, Ctrl-C or an error that keeps it, and is handed back, files and all, to the
-    same request.
+    same request. While one process writes an artifact, another that would is refused.
     """
     path = path.resolve()  # so that `.` has a name, and a link keeps pointing at what is written
+    with contextlib.ExitStack() as stack:
+        with writing_errors(path):
+            refuse_foreign(path, request.kind)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_alone(path))
+        yield from _drafted(path, request, resumable)
+
+
+def _drafted(path: Path, request: Request, resumable: bool) -> Iterator[Draft]:
     partial = path.with_name(f".{path.name}.partial")
     with writing_errors(path):
-        refuse_foreign(path, request.kind)
-        path.parent.mkdir(parents=True, exist_ok=True)
         mark = partial / ".request"
         resumed = resumable and mark.is_file() and mark.read_text(encoding="utf-8") == request.digest
         if not resumed:
-            if partial.is_file():
+            if partial.is_symlink() or partial.is_file():
                 partial.unlink()
-            shutil.rmtree(partial, ignore_errors=True)
+            if partial.exists():
+                shutil.rmtree(partial)
             partial.mkdir()
             mark.write_text(request.digest)
     draft, started = Draft(partial, resumed), time.monotonic()
@@ -324,6 +352,24 @@ def drafting(path: Path, request: Request, *, resumable: bool = False) -> Iterat
         if not (resumable and kept):
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock on what is written to `path`."""
+    from filelock import FileLock, Timeout  # here, since an application that only loads needs none
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{path}: another process is writing it", fix="wait for it, or choose another --out") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # where an open file cannot be removed
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def _finish(draft: Draft, path: Path, request: Request, started: float) -> None:

@@ -110,6 +110,11 @@ def _run_worker(
         raise UserError(fault["what"], fix=fault["fix"])
     if worker.returncode < 0:
         name = signal.Signals(-worker.returncode).name
+        if name == "SIGKILL":  # of the system's own, mostly
+            raise UserError(
+                f"the {backend} builder was killed on {graph.path}: the machine may have run out of memory",
+                fix="close other programs, or build on a machine with more: preflight says how much a build takes",
+            )
         raise UserError(
             f"the {backend} builder crashed ({name}) on {graph.path}{f' for {gpu}' if gpu else ''}",
             fix="it is a fault of the library: try another --gpu or recipe, or its tested version (constraints.txt)",

@@ -117,6 +117,8 @@ def _of_sampler(info: Json) -> str | None:
 
 def _of_golden(info: Json) -> str | None:
     golden = info["golden"]
+    if not golden["steps"]:
+        return "there are no golden steps: an engine would be tested on none"
     tables = [golden["limits_db"], *([golden["picture"]["limits_db"]] if golden["picture"] else [])]
     if golden["picture"] and not golden["picture"]["peak"] > 0:
         return "the golden pictures' peak is not above 0"

@@ -52,9 +52,10 @@ class Engine:
         return self.run(feeds)[self.output["name"]]
 
     def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns outputs that speak DLPack, where the feeds lie (CPU or GPU), without a copy of either.
+        """Returns outputs that speak DLPack; feeds are read where they lie (CPU or GPU), without a copy.
 
-        Feeds are of the engine's own types: floats `dtype`, but inputs that the contract calls fp32 or int64.
+        ONNX Runtime's outputs lie there too, those of TensorRT on the host. Feeds are of the engine's own
+        types: floats `dtype`, but inputs that the contract calls fp32 or int64.
         """
         self._contract.check_names(feeds)
         self._contract.check_shapes({entry["name"]: self._shape(entry["name"], feeds) for entry in self.inputs})

@@ -36,7 +36,7 @@ def steps_of(graph: Json, timesteps: Sequence[float], *, nearest: bool = False) 
     asked = as_numpy(timesteps).reshape(-1)
     if asked.dtype.kind not in "iuf":
         raise UserError(f"timesteps are of type {asked.dtype}", fix="give the numbers of a sampler's schedule")
-    asked = asked.astype(np.float64)
+    asked = _finite(asked)
     if own.shape == asked.shape and np.allclose(own, asked, rtol=TOLERANCE, atol=TOLERANCE):
         return list(range(len(own)))
     if nearest:
@@ -61,7 +61,7 @@ def steps_at(graph: Json, timesteps: Any, *, nearest: bool = False, tolerance: f
     the `nearest` is wanted; `tolerance` is relative to the largest. Of steps at the same timestep it is the first.
     """
     own = np.asarray(graph["fed_timesteps"], dtype=np.float64)
-    asked = np.asarray(timesteps, dtype=np.float64).reshape(-1)
+    asked = _finite(np.asarray(timesteps).reshape(-1))
     apart = np.abs(own[None] - asked[:, None])
     off = apart.min(axis=1, initial=np.inf) > tolerance * np.abs(own).max(initial=1e-6)
     if off.any() and not nearest:
@@ -72,6 +72,15 @@ def steps_at(graph: Json, timesteps: Any, *, nearest: bool = False, tolerance: f
             f"{len(own)}), or take the nearest calibrated step for each: nearest=True",
         )
     return [int(step) for step in apart.argmin(axis=1)]
+
+
+def _finite(timesteps: NDArray[Any]) -> NDArray[np.float64]:
+    found = timesteps.astype(np.float64)
+    if not np.isfinite(found).all():
+        raise UserError(
+            f"timestep {found[~np.isfinite(found)][0]:g} is no number", fix="give those of a sampler's schedule"
+        )
+    return found
 
 
 def _ends(timesteps: NDArray[np.float64]) -> str:
@@ -120,6 +129,8 @@ class _Stepped:
         step = feeds.get("step")
         if step is None:
             raise UserError(f"{self.name}: the feeds hold no `step`", fix=f"feed each row's, 0 … {self._steps - 1}")
+        if step.dtype.kind not in "iu":
+            raise UserError(f"{self.name}: `step` is {step.dtype}", fix=f"feed whole numbers, 0 … {self._steps - 1}")
         if step.size and not (step.min() >= 0 and step.max() < self._steps):
             bad = next(int(s) for s in step.ravel() if not 0 <= s < self._steps)
             raise UserError(
@@ -137,7 +148,8 @@ class _Stepped:
         if (np.abs(self._timesteps[steps] - timesteps) <= self._slack).all():
             return
         apart = np.abs(self._timesteps[None] - timesteps[:, None])
-        wrong = apart[np.arange(len(apart)), steps] > apart.min(axis=1, initial=np.inf) + self._slack
+        near = apart.min(axis=1, initial=np.inf) + self._slack
+        wrong = ~(apart[np.arange(len(apart)), steps] <= near)  # so that a timestep that is no number is wrong
         if wrong.any():
             row = int(wrong.argmax())
             step = int(steps[row])

@@ -30,13 +30,8 @@ def is_packed(path: Path) -> bool:
 
 def pack(folder: Path, path: Path) -> None:
     """Writes a bundle's folder as one uncompressed zip, sealed by the digest in its comment, always the same bytes."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with artifacts.writing_errors(path):
-        try:
-            _write_zip(folder, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with artifacts.replacing(path) as temporary:
+        _write_zip(folder, temporary)
 
 
 def _write_zip(folder: Path, path: Path) -> None:

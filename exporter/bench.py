@@ -58,8 +58,9 @@ def targets_of(folder: Path) -> dict[str, str]:
     """Returns what can be timed in a RUN, a GRAPH or an ENGINE folder."""
     if (folder / "quantized" / artifacts.MANIFEST).is_file():
         targets = {"float": f"float:{folder}", "quantized": f"quantized:{folder}"}
-        engines = sorted(folder.glob(f"engines/*/{artifacts.MANIFEST}"))
-        runnable = [path.parent for path in engines if backends.load(path.parent.name).cannot_run() is None]
+        engines = [path.parent for path in sorted(folder.glob(f"engines/*/{artifacts.MANIFEST}"))]
+        ours = [path for path in engines if path.name in backends.names()]  # as `validate` finds them
+        runnable = [path for path in ours if backends.load(path.name).cannot_run() is None]
         return targets | {path.name: f"engine:{path}" for path in runnable}
     kind = artifacts.kind_of(folder)
     if kind == "graph":
@@ -146,6 +147,8 @@ class _Worker:
         if not answer:
             raise RuntimeError(f"a timing process ended with {self._process.wait()}: {self._target}")
         found: Json = json.loads(answer)
+        if "fault" in found:
+            raise UserError(found["fault"], fix=found["fix"])
         return found
 
     def stop(self) -> None:
@@ -163,7 +166,13 @@ def _times(runner: Runner, feeds: Feeds, calls: int) -> list[float]:
 
 
 def _worker(target: str, threads: str) -> None:
-    runner, graph = open_target(target, int(threads))
+    try:
+        _serve(*open_target(target, int(threads)))
+    except UserError as error:
+        print(json.dumps({"fault": error.what, "fix": error.fix}), flush=True)
+
+
+def _serve(runner: Runner, graph: Json) -> None:
     for line in sys.stdin:
         batch, calls = map(int, line.split())
         times = _times(runner, random_feeds(graph, batch), calls)

@@ -27,7 +27,7 @@ from engines.plans import PLAN
 from engines.zipped import is_packed, pack
 from exporter import quantized
 from exporter.checkpoint import Checkpoint
-from exporter.checks import FLOOR_MARGIN_DB, FP32_AGREEMENT_DB, NEGLIGIBLE_DB
+from exporter.checks import FLOOR_MARGIN_DB, FP32_AGREEMENT_DB, NEGLIGIBLE_DB, passes
 from exporter.conditions import Conditions, validation_entries
 from exporter.images import SEED_OFFSET, SHOWN
 from exporter.metrics import sqnr_db
@@ -74,7 +74,7 @@ def bundle(folder: Path, out: Path, *, engines: Sequence[Path] = (), failed: boo
     built = _engines(run, engines)
     made_from = {"quantized": run.quantized.digest} | {f"engine {name}": one.digest for name, one in built.items()}
     settings = {
-        "report": artifacts.digest_json([report["checks"], report["accuracy"]["images"]]),
+        "report": artifacts.digest_json([report["checks"], report["accuracy"]["images"], report["shown"]]),
         "vae": vae_digest(checkpoint),
     }
     request = Request(KIND, made_from, settings, versions("torch", "diffusers", "transformers", "tokenizers"))
@@ -98,6 +98,8 @@ def _report(folder: Path, run: Run, failed: bool) -> Json:
     report = artifacts.read_json(folder / REPORT)
     if report.get("made_from") != run.judged:
         raise UserError(f"{folder / REPORT}: is of other engines than lie there", fix=again)
+    if not (folder / SHOWN).is_file() or report.get("shown") != artifacts.digest_file(folder / SHOWN):
+        raise UserError(f"{folder / SHOWN}: is not what {REPORT} judged, or is missing", fix=again)
     if not report["passed"] and not failed:
         wrong = [check["name"] for check in report["checks"] if not check["passed"]]
         raise UserError(
@@ -247,14 +249,15 @@ def _write_golden(checkpoint: Checkpoint, run: Run, report: Json, folder: Path, 
 
 
 def _limit_db(reference: Any, step: int, dtype: str, report: Json) -> float:
-    """Returns what an engine must reach at a step: what the report's check asks of it, or what it was excused with."""
+    """Returns what an engine must reach at a step: what the report's check asks of it, or what it was excused with.
+
+    What a check failed excuses nothing.
+    """
     quantization = sqnr_db(reference[f"{step}/float"], reference[f"{step}/quantized"])
     asked = [floor_db(reference, step, dtype) - FLOOR_MARGIN_DB, FP32_AGREEMENT_DB, quantization + NEGLIGIBLE_DB]
-    measured = [
-        row["sqnr_db"] - FLOOR_MARGIN_DB
-        for row in report["accuracy"]["lowering"]
-        if row["step"] == step and row["dtype"] == dtype and row["sqnr_db"] is not None
-    ]
+    rows = [row for row in report["accuracy"]["lowering"] if (row["step"], row["dtype"]) == (step, dtype)]
+    passed = [row for row in rows if row["sqnr_db"] is not None and passes(row, {step: quantization})]
+    measured = [row["sqnr_db"] - FLOOR_MARGIN_DB for row in passed]
     return float(min([value for value in (*asked, *measured) if math.isfinite(value)]))
 
 

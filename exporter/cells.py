@@ -52,8 +52,10 @@ def text(value: object, note: str = "", **more: Any) -> Cell:
     return {"text": "–" if value in (None, "") else str(value), "note": note, **more}
 
 
-def db(value: object) -> Cell:
-    """Returns a cell of an SQNR, where null is that of two equal tensors."""
+def db(value: object, not_finite: object = 0) -> Cell:
+    """Returns a cell of an SQNR, where null is that of two equal tensors, or of one with NaN or infinite values."""
+    if value is None and not_finite:
+        return text("NaN") | {"number": True}
     return number(value, 1) if value is not None else EQUAL | {"number": True}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from engines.artifacts import refuse_no_folder, writing_errors
+from engines.artifacts import refuse_no_folder, replacing
 from exporter import progress
 from exporter.check import Checked, Updated
 from exporter.gate import Row
@@ -97,6 +97,6 @@ def write_junit(found: Checked, path: Path) -> None:
         case = ElementTree.SubElement(suite, "testcase", classname=f"{found.new.model}.{found.new.recipe}", name=name)
         if verdict != PASS:
             ElementTree.SubElement(case, "failure", type=TYPES[verdict], message=message).text = message
-    with writing_errors(path):
-        refuse_no_folder(path)
-        ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+    refuse_no_folder(path)
+    with replacing(path) as temporary:
+        ElementTree.ElementTree(suite).write(temporary, encoding="utf-8", xml_declaration=True)

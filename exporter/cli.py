@@ -46,6 +46,10 @@ class Cli(click.Group):
         except UserError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
+        except PermissionError as error:  # of a path that may not even be looked at
+            told = UserError(f"{error.filename}: {error.strerror}", fix="choose a path that you may read and write")
+            click.echo(f"error: {told}", err=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             click.echo("stopped; what is finished is kept: the same command goes on from there", err=True)
             sys.exit(130)

@@ -79,9 +79,9 @@ class Row:
 
 
 def overall(rows: Sequence[Row], failed_checks: Sequence[str]) -> str:
-    """Returns the verdict of a whole gate."""
+    """Returns the verdict of a whole gate; one that judged nothing cannot tell."""
     found = {row.verdict for row in rows}
-    return FAIL if FAIL in found or failed_checks else NOT_ENOUGH if NOT_ENOUGH in found else PASS
+    return FAIL if FAIL in found or failed_checks else NOT_ENOUGH if NOT_ENOUGH in found or not rows else PASS
 
 
 def paired(old: Measured, new: Measured) -> bool:
@@ -101,8 +101,9 @@ def judge(old: Measured, new: Measured, limits: Thresholds) -> list[Row]:
         _speed_row(name, old.speeds[name], new.speeds.get(name), limits.most_slower or 0.0, ends) for name in speeds
     ]
     if limits.most_larger is not None:
-        names = [name for name in old.weights if name in new.weights]
-        rows += [_weights_row(name, old.weights[name], new.weights[name], limits.most_larger) for name in names]
+        rows += [
+            _weights_row(name, old.weights[name], new.weights.get(name), limits.most_larger) for name in old.weights
+        ]
     return rows
 
 
@@ -112,7 +113,7 @@ def not_judged(old: Measured, new: Measured, limits: Thresholds) -> list[str]:
     found = [f"{SCORES[name].title}: this run has none" for name in asked if name not in new.scores]
     found += [f"{SCORES[name].title}: the baseline has none" for name in limits.most_lost if name not in old.scores]
     if limits.most_larger is not None:
-        found += [f"weights of {n}: only one of the two has them" for n in old.weights.keys() ^ new.weights.keys()]
+        found += [f"weights of {n}: the baseline has none" for n in new.weights if n not in old.weights]
     if limits.most_slower is not None and old.machine != new.machine:
         found.append(f"times: the baseline's are of another machine ({old.machine}; this one: {new.machine})")
     elif limits.most_slower is not None:
@@ -213,7 +214,10 @@ def _log_error(speed: Speed) -> float:
     return math.sqrt(math.pi / 2 / ROUNDS) * math.hypot(*scatter)
 
 
-def _weights_row(name: str, old: int, new: int, limit: float) -> Row:
+def _weights_row(name: str, old: int, new: int | None, limit: float) -> Row:
+    if new is None:
+        told = "this run has no such engine: build it"
+        return Row(f"weights of {name}", WEIGHTS, NOT_ENOUGH, told, limit, baseline=old)
     larger = new / old - 1
     message = f"{new:,} bytes against {old:,}: {larger:+.1%}, limit {limit:+.1%}"
     return Row(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -35,10 +34,8 @@ def write(folder: Path) -> Path:
     images = at(report, "accuracy.images", {})
     pictures = thumbnails(folder, report.get("shown"), images.get("runner", ""), images.get("in_pixels", True))
     page = render(report, named(folder), pictures, siblings(folder, report), _damage(folder, report))
-    temporary = folder / f".{PAGE}.partial"
-    with artifacts.writing_errors(folder / PAGE):
+    with artifacts.replacing(folder / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, folder / PAGE)
     return folder / PAGE
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from calib_data.tensors import save_tensors
-from engines.artifacts import Json
+from engines.artifacts import Json, replacing
 from engines.runner import Runner
 from exporter import metrics, progress, tasks
 from exporter.checkpoint import Checkpoint
@@ -76,7 +76,8 @@ def judge(
     )
     draw_samples(pictures.reference, pictures.judged, judged.name, folder / "samples.png", checkpoint.in_pixels)
     shown = {"float": pictures.reference[:PICTURES], judged.name: pictures.judged[:PICTURES]}
-    save_tensors({name: images.contiguous() for name, images in shown.items()}, folder / SHOWN)
+    with replacing(folder / SHOWN) as temporary:
+        save_tensors({name: images.contiguous() for name, images in shown.items()}, temporary)
     return trajectory, scores(checkpoint, judged.name, pictures), bad
 
 
@@ -123,13 +124,16 @@ class _StepErrors:
 
     def __init__(self) -> None:
         self._sums: dict[int, list[float]] = {}
+        self._not_finite: dict[int, int] = {}
         self.first_bad: Call | None = None
 
     def add(self, reference: Call, call: Call) -> None:
         sums = self._sums.setdefault(reference.step, [0.0, 0.0])
         sums[0] += float(reference.latent.double().square().sum())
         sums[1] += float((reference.latent.double() - call.latent.double()).square().sum())
-        if not np.isfinite(call.output).all() and (self.first_bad is None or call.step < self.first_bad.step):
+        bad = int((~np.isfinite(call.output)).sum())
+        self._not_finite[call.step] = self._not_finite.get(call.step, 0) + bad
+        if bad and (self.first_bad is None or call.step < self.first_bad.step):
             self.first_bad = call
 
     def rows(self, runner: str) -> list[Json]:
@@ -138,6 +142,7 @@ class _StepErrors:
                 "runner": runner,
                 "step": step,
                 "sqnr_db": 10 * math.log10(signal / noise) if 0 < noise < math.inf and signal else None,
+                "not_finite": self._not_finite[step],
             }
             for step, (signal, noise) in self._sums.items()
         ]
@@ -145,7 +150,8 @@ class _StepErrors:
 
 def scores(checkpoint: Checkpoint, runner: str, pictures: Pictures) -> Json:
     """Returns every score of a set of images against the float model's."""
-    data_range = 2.0 if checkpoint.in_pixels else float(pictures.reference.max() - pictures.reference.min())
+    span = float(pictures.reference.max() - pictures.reference.min())
+    data_range = 2.0 if checkpoint.in_pixels else span or 1.0  # of latents that are all alike
     found: Json = {
         "runner": runner,
         "n": len(pictures.reference),

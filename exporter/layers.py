@@ -138,8 +138,15 @@ def compare_codes(
 
 
 def _row(path: str, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], different: int, total: int) -> Json:
-    value = finite(sqnr_db(torch.cat(list(ours)), torch.cat(list(theirs))))
-    return {"layer": path, "sqnr_db": value, "codes_different": different / total if total else None, "codes": total}
+    expected, found = torch.cat(list(ours)), torch.cat(list(theirs))
+    bad = int((~found.isfinite()).sum() + (~expected.isfinite()).sum())
+    return {
+        "layer": path,
+        "sqnr_db": finite(sqnr_db(expected, found)),
+        "not_finite": bad,
+        "codes_different": different / total if total else None,
+        "codes": total,
+    }
 
 
 class LayerGraphs:
@@ -318,15 +325,22 @@ def print_layers(found: Json, most: int = 20) -> None:
     console.print(damage.table(found, most))
     for dtype in dict.fromkeys(row["dtype"] for row in found["graphs"]):
         rows = [row for row in found["graphs"] if row["dtype"] == dtype]
-        rows.sort(key=lambda row: math.inf if row["sqnr_db"] is None else row["sqnr_db"])
+        rows.sort(key=_goodness)
         table = Table(Column("layer", overflow="fold"), "SQNR dB", "activation codes different")
         table.title = f"each layer's nodes in the {dtype} graph against PyTorch: the worst {min(most, len(rows))}"
         table.title += f" of {len(rows)}"
         for row in rows[:most]:
-            value = "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+            value = "NaN" if row["not_finite"] else "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
             share = "–" if row["codes_different"] is None else f"{row['codes_different']:.1e} of {row['codes']:,}"
             table.add_row(row["layer"], value, share)
         console.print(table)
+
+
+def _goodness(row: Json) -> float:
+    """Returns what rows are ranked by: NaN first, equality last."""
+    if row["not_finite"]:
+        return -math.inf
+    return math.inf if row["sqnr_db"] is None else float(row["sqnr_db"])
 
 
 def _ort_value(array: np.ndarray[Any, Any]) -> Any:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from engines.errors import UserError
 
+PSNR_CAP_DB = 120.0  # beyond fp32's own rounding
 BOOTSTRAP_CHUNK = 500  # resamples held at once: 80 MB of 10,000 scores
 
 
@@ -34,11 +35,11 @@ def cosine(reference: torch.Tensor, other: torch.Tensor) -> float:
 def psnr_db(reference: torch.Tensor, other: torch.Tensor, data_range: float) -> torch.Tensor:
     """Returns 10·log10(range² / mse) per image, [n], of images [n, c, h, w], at most 120 dB and at least −120 dB.
 
-    The caps keep the mean a number when some images are equal, which lies beyond fp32's own rounding, or hold NaN.
+    The caps keep the mean a number when some images are equal, or hold NaN.
     """
     mse = (reference.double() - other.double()).square().flatten(1).mean(dim=1)
     mse = mse.nan_to_num(nan=float("inf"))
-    return (10 * torch.log10(data_range**2 / mse)).clamp(-120.0, 120.0)
+    return (10 * torch.log10(data_range**2 / mse)).clamp(-PSNR_CAP_DB, PSNR_CAP_DB)
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor, data_range: float) -> torch.Tensor:

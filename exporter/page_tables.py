@@ -111,7 +111,8 @@ def steps(accuracy: Json) -> list[Json]:
         for row in at(accuracy, "per_step", [])
     ]
     trajectory = [
-        [text(row["runner"]), number(row["step"], 0), db(row.get("sqnr_db"))] for row in at(accuracy, "trajectory", [])
+        [text(row["runner"]), number(row["step"], 0), db(row.get("sqnr_db"), row.get("not_finite", 0))]
+        for row in at(accuracy, "trajectory", [])
     ]
     lowering = [
         [

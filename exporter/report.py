@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engines.artifacts import Json, writing_errors
+from engines.artifacts import Json, replacing
 from exporter import audits, progress
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def draw_samples(reference: torch.Tensor, other: torch.Tensor, name: str, path: 
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    with writing_errors(path):
-        FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary), metadata={"Software": None})
 
 
 def drawable(image: torch.Tensor) -> torch.Tensor:

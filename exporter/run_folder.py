@@ -89,7 +89,15 @@ def _lock(out: Path) -> Any:
 
 
 def remove_stale(out: Path, source: Artifact) -> None:
-    """Removes graphs and engines that an earlier run left here and that are not of this run's quantized model."""
+    """Removes graphs and engines that an earlier run left here and that are not of this run's quantized model.
+
+    So are those that an earlier version of export-engine wrote, where this one cannot read them.
+    """
+    for manifest in sorted(out.glob(f"*/*/{artifacts.MANIFEST}")):
+        place = manifest.parent
+        if place.parent.name in ("graph", "engines") and artifacts.outdated(place, f"remove {place}"):
+            progress.note(f"{place.relative_to(out)}: of an earlier version of export-engine, removed")
+            shutil.rmtree(place)
     for artifact in _stale(out, source):
         progress.note(f"{artifact.path.relative_to(out)}: of an earlier run with another recipe or model, removed")
         shutil.rmtree(artifact.path)

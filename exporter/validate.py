@@ -152,7 +152,9 @@ def _layers_agree(run: Run, dtype: str) -> bool:
     graph = Artifact(engine.path, engine.manifest | {"info": engine.info["graph"]})  # as it lies in the engine
     progress.note("lowering: under the floor at some step; comparing layer by layer")
     return all(
-        (row["sqnr_db"] is None or row["sqnr_db"] >= LAYER_DB) and (row["codes_different"] or 0.0) <= LAYER_CODES
+        not row["not_finite"]
+        and (row["sqnr_db"] is None or row["sqnr_db"] >= LAYER_DB)
+        and (row["codes_different"] or 0.0) <= LAYER_CODES
         for row in compare_layers(Run(run.quantized, {dtype: graph}, {}))
     )
 

@@ -31,6 +31,8 @@ def good(root):
     bundles.tiny_bundle(root / "guided", guided=True)
     bundles.tiny_bundle(root / "foreign", edit=foreign)
     bundles.tiny_bundle(root / "worse", files={GOLDEN: save({n: v + 1 for n, v in bundles.golden().items()})})
+    no_rows = {name: array[:0] for name, array in bundles.golden().items()}
+    bundles.tiny_bundle(root / "no_rows", files={GOLDEN: save(no_rows)})
     half = bundles.network(dtype="fp16").SerializeToString()
     bundles.tiny_bundle(root / "half", edit=with_half, files={"engines/half/model.onnx": half})
     parts = {"text_encoder/fp32/model.onnx": text_encoder(), "vae_decoder/fp32/model.onnx": decoder()}
@@ -235,6 +237,20 @@ RESIGNED = {
     "fewer_timesteps": (lambda m: m["info"]["sampler"].update(timesteps=[1.0]), "not as many as its steps"),
     "step_input": (_engine(step_input="row"), "lists no file 'engines/ort/step_table.npy'"),
     "inputs": (_info(inputs={}), "info.inputs: not a list"),
+    "session_entry": (
+        lambda m: m["info"]["engines"]["ort"]["session"]["config"].update(
+            {"session.collect_node_memory_stats_to_file": "/tmp/export-engine-was-here"}
+        ),
+        "'session.collect_node_memory_stats_to_file' is nothing that engines are recorded with",
+    ),
+    "wide_timestep": (
+        lambda m: next(one for one in m["info"]["inputs"] if one["name"] == "timestep").update(shape=["batch", 4096]),
+        "shape: not one number for each row",
+    ),
+    "no_golden_steps": (
+        lambda m: m["info"]["golden"].update(steps=[]),
+        "golden.steps: not a list of steps: an engine would be tested on none",
+    ),
     "huge": (lambda m: m["info"]["sampler"]["latent"].update(shape=[2**40]), "latent.shape[0]: not a whole number"),
 }
 MANIFEST = ("manifest.json", b"{}")

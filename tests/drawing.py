@@ -145,8 +145,9 @@ def bundle_of(run, checkpoint, folder, out):
     """Writes the bundle of a run that was not validated, as if it had passed with no check and no picture."""
     images = {"runner": "quantized", "task_score": None}
     report = {"made_from": run.judged, "settings": {"seed": 0}, "checks": [], "passed": True}
-    artifacts.write_json(folder / REPORT, report | {"accuracy": {"images": images, "lowering": []}})
     save_file({"quantized": torch.zeros(1, *checkpoint.family.latent_shape())}, folder / SHOWN)
+    report["shown"] = artifacts.digest_file(folder / SHOWN)
+    artifacts.write_json(folder / REPORT, report | {"accuracy": {"images": images, "lowering": []}})
     return bundle(folder, out).path
 
 

@@ -12,6 +12,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from engines import backends
+from engines.artifacts import digest_file
 from engines.build import build
 from exporter import recipe
 from exporter.bundle import bundle
@@ -97,4 +98,5 @@ def judge(folder, checkpoint, engine):
     save_file({"ort": drawn.contiguous()}, folder / SHOWN)
     images = {"runner": "ort", "task_score": None}
     report = {"made_from": run.judged, "passed": True, "checks": [], "settings": {"seed": 0}}
+    report["shown"] = digest_file(folder / SHOWN)
     (folder / REPORT).write_text(json.dumps(report | {"accuracy": {"images": images, "lowering": []}}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import shutil
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from common import FAMILIES, ROOT, TINY
 from safetensors.torch import load_file, save_file
 
+from engines import artifacts
 from exporter import images
 from exporter.cli import main
 
@@ -372,6 +374,19 @@ def test_inspecting_a_run_names_the_artifacts_in_it(cli, tmp_path):
     (tmp_path / "run" / "quantized").mkdir(parents=True)
     (tmp_path / "run" / "quantized" / "manifest.json").write_text("{}")
     assert_refused(cli("inspect", tmp_path / "run"), "folder of artifacts", "quantized")
+
+
+def test_a_path_that_may_not_be_looked_at_is_told(monkeypatch):
+    """Tests may run as root, who may look anywhere: so the refusal is planted."""
+
+    def refused(_path):
+        raise PermissionError(errno.EACCES, "Permission denied", "/closed/run")
+
+    monkeypatch.setattr(artifacts, "kind_of", refused)
+    result = CliRunner().invoke(main, ["inspect", "/closed/run"])
+    assert result.exit_code == 2
+    assert "error: /closed/run: Permission denied" in result.stderr
+    assert "fix:" in result.stderr
 
 
 def test_a_folder_that_is_no_artifact_is_told_what_one_is(tmp_path):

@@ -84,7 +84,7 @@ def test_a_layer_whose_quantizer_is_gone_is_named_by_the_audit(kind, status, run
     engine = {"backend": "ort", "audit": [row.to_json() for row in rows], "weight_bytes": 1, "graph_weight_bytes": 1}
     psnr = {"mean": 40.0, "ci95": [39.0, 41.0], "noise_floor": 12.0}
     images = {"runner": "ort", "not_finite": 0, "psnr_db": psnr, "task_score": None}
-    accuracy = {"per_step": [], "lowering": [], "origins": [], "images": images}
+    accuracy = {"per_step": [], "lowering": [], "origins": [], "trajectory": [], "images": images}
     (failed,) = [one for one in checks({"engines": [engine], "accuracy": accuracy}) if not one["passed"]]
     assert LAYER in failed["detail"]
     assert "ort" in failed["name"]

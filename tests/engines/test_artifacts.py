@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -362,6 +364,68 @@ def test_another_request_does_not_get_an_interrupted_draft(tmp_path):
         assert not (draft.path / "shard-0").exists()
         (draft.path / "model.onnx").write_bytes(b"")
     assert open_artifact(path, "graph").files() == ["model.onnx"]
+
+
+def test_while_one_process_writes_an_artifact_another_is_refused(tmp_path):
+    path = tmp_path / "graph"
+    other = f"""
+from pathlib import Path
+from engines.artifacts import Request, drafting
+from engines.errors import UserError
+try:
+    with drafting(Path({str(path)!r}), Request("graph", {{}}, {{}}, {{}})):
+        print("written")
+except UserError as error:
+    print(error)
+"""
+
+    def second():
+        return subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=True).stdout
+
+    with drafting(path, REQUEST) as draft:
+        (draft.path / "half").write_bytes(b"of this one")
+        assert "another process is writing it" in second()
+    assert open_artifact(path, "graph").files() == ["half"]
+    assert second() == "written\n"
+    assert names(tmp_path) == ["graph"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_stands_where_a_draft_belongs_goes(kind, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    if kind == "link":
+        (tmp_path / ".graph.partial").symlink_to(tmp_path / "mine")
+    else:
+        (tmp_path / ".graph.partial").write_text("left over")
+    make(tmp_path / "graph")
+    assert snapshot(tmp_path / "mine") == {"thesis.txt": b"mine"}
+    assert names(tmp_path) == ["graph", "mine"]
+
+
+def test_an_artifact_of_an_earlier_schema_is_made_again(made):
+    resign(made, lambda manifest: manifest.update(schema_version=artifacts.SCHEMA_VERSION - 1))
+    with pytest.raises(UserError, match="make the artifact again"):
+        open_artifact(made, "graph")
+    assert current(made, REQUEST) is None
+    make(made)
+    assert current(made, REQUEST) is not None
+
+
+@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "no space"), KeyboardInterrupt()])
+def test_a_file_that_could_not_be_written_leaves_the_one_before_and_nothing_else(stop, tmp_path):
+    path = tmp_path / "report.json"
+    artifacts.write_json(path, {"a": 1})
+
+    def interrupted():
+        with artifacts.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise stop
+
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        interrupted()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert names(tmp_path) == ["report.json"]
 
 
 def test_a_first_draft_is_not_resumed(tmp_path):

@@ -140,6 +140,7 @@ def test_a_newer_format_says_so(folder):
         (lambda info: info["inputs"][1].update(shape=["batch", 2]), "'timestep' is not one number for each row"),
         (lambda info: info["model"].update(parameters=10**30), "parameters is too large"),
         (lambda info: info["sampler"].update(timesteps=[], steps=0, portable=None), "not as many as its steps"),
+        (lambda info: info["golden"].update(steps=[]), "no golden steps"),
         (
             lambda info: info["golden"].update(picture={"runner": "", "count": 1, "limits_db": {"fp32": 1}, "peak": 0}),
             "peak is not above 0",

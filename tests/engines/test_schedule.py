@@ -99,6 +99,24 @@ def test_steps_that_are_nearest_to_another_schedules_timesteps_are_taken():
     assert runner.run({"step": np.zeros(0, np.int64), "timestep": np.zeros(0)})["step"].tolist() == []  # an empty batch
 
 
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_timestep_that_is_no_number_is_of_no_schedule(step):
+    runner = schedule.with_steps(Echo(), GRAPH, None)
+    with pytest.raises(UserError, match=f"timestep nan at step {step}"):
+        runner.run({"step": np.array([step]), "timestep": np.array([np.nan])})
+    for nearest in (False, True):
+        with pytest.raises(UserError, match="timestep nan is no number"):
+            schedule.steps_at(GRAPH, [900.0, np.nan], nearest=nearest)
+        with pytest.raises(UserError, match="timestep inf is no number"):
+            schedule.steps_of(GRAPH, [900.0, np.inf], nearest=nearest)
+
+
+def test_a_step_that_is_no_whole_number_is_an_error():
+    runner = schedule.with_steps(Echo(), GRAPH, None)
+    with pytest.raises(UserError, match="`step` is float64"):
+        runner.run(fed([0, 3]) | {"step": np.array([0.0, 3.0])})
+
+
 def test_feeds_without_a_step_are_an_error():
     with pytest.raises(UserError, match="hold no `step`"):
         schedule.with_steps(Echo(), GRAPH, None).run({"x": np.zeros(1)})

@@ -7,6 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import engines
 from engines import artifacts, golden
@@ -14,6 +16,7 @@ from engines.artifacts import Request
 from engines.bundle import open_bundle
 from engines.errors import UserError
 from exporter.bundle import bundle, bundle_zip, check_places
+from exporter.images import SHOWN
 from exporter.run_folder import open_run
 from exporter.verify import contract_lines, verify
 
@@ -99,6 +102,29 @@ def test_a_report_of_other_engines_is_refused(run, tmp_path):
     edit_report(folder, made_from={"quantized": "0" * 64})
     with pytest.raises(UserError, match="of other engines"):
         bundle(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["other", "missing"])
+def test_samples_that_the_report_did_not_judge_are_refused(change, run, tmp_path):
+    """As a validation leaves them that was stopped before it wrote its report."""
+    folder = copy_of(run, tmp_path / "run")
+    (folder / SHOWN).unlink()
+    if change == "other":
+        save_file({"ort": torch.zeros(1, 1, 8, 8)}, folder / SHOWN)
+    with pytest.raises(UserError, match=r"is not what report\.json judged, or is missing") as caught:
+        bundle(folder, tmp_path / "out")
+    assert "export-engine validate" in caught.value.fix
+
+
+def test_a_failed_check_of_an_engine_excuses_it_from_nothing(run, tmp_path):
+    folder = copy_of(run, tmp_path / "run")
+    before = bundle(folder, tmp_path / "good").info["golden"]["limits_db"]
+    accuracy = json.loads((folder / "report.json").read_text())["accuracy"]
+    for row in accuracy["lowering"]:
+        row["sqnr_db"] = 3.0
+    edit_report(folder, passed=False, accuracy=accuracy, checks=[{"name": "lowering", "passed": False}])
+    after = bundle(folder, tmp_path / "failed", failed=True).info["golden"]["limits_db"]
+    assert all(limit >= before["fp32"][step] for step, limit in after["fp32"].items())
 
 
 def test_a_failed_run_is_bundled_only_when_asked_for(run, tmp_path):

@@ -16,6 +16,7 @@ from exporter.thresholds import SHIPPED as FILE
 from exporter.thresholds import Thresholds, load
 
 SHIPPED = load(FILE)
+NOTHING = replace(SHIPPED, most_lost={}, least={}, most_slower=None, most_larger=None)
 
 
 @pytest.fixture
@@ -139,9 +140,24 @@ def test_what_has_no_counterpart_is_said():
     lines = gate.not_judged(old, measured(speeds={"trt batch 8": Speed(1.0, (1.0, 1.0))}), SHIPPED)
     assert lines == [
         "task score lost: the baseline has none",
-        "weights of ort: only one of the two has them",
+        "weights of ort: the baseline has none",
         "time of trt batch 8: the baseline has none; --update takes it in",
     ]
+
+
+def test_an_engine_that_the_baseline_has_and_the_run_has_not_leaves_the_gate_undecided():
+    rows = judge(measured(), measured(weights={"the model": 1000}), replace(NOTHING, most_larger=0.01))
+    assert {row.name: row.verdict for row in rows} == {"weights of the model": PASS, "weights of ort": NOT_ENOUGH}
+    assert overall(rows, []) == NOT_ENOUGH
+
+
+def test_a_gate_that_judges_nothing_does_not_pass():
+    without = {name: values for name, values in scores().items() if name != "task_score"}
+    rows = judge(measured(scores=without), measured(scores=without), replace(NOTHING, most_lost={"task_score": 0.01}))
+    assert rows == []
+    assert overall(rows, []) == NOT_ENOUGH
+    elsewhere = measured(machine="another")
+    assert overall(judge(measured(), elsewhere, replace(NOTHING, most_slower=0.1)), []) == NOT_ENOUGH
 
 
 def test_one_bad_score_or_one_bad_check_fails_the_gate():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from calib_data import shapes, shipped
-from exporter import images
+from exporter import images, page_tables
 from exporter.checkpoint import open_checkpoint
 from exporter.checks import SEED_MARGIN_DB, checks
 from exporter.images import SEED_OFFSET, Pictures, judge, scores
@@ -101,7 +101,8 @@ def test_images_of_something_else_lose_what_was_asked(reference, again):
 
 def likeness(images):
     """Returns the check that images are the float model's, of a model without a task."""
-    report = {"engines": [], "accuracy": {"per_step": [], "lowering": [], "origins": [], "images": images}}
+    accuracy = {"per_step": [], "lowering": [], "origins": [], "trajectory": [], "images": images}
+    report = {"engines": [], "accuracy": accuracy}
     _, found = checks(report)
     assert "another seed's images" in found["name"]
     return found
@@ -128,6 +129,33 @@ def test_images_that_show_nothing_of_the_float_models_fail_without_a_task(refere
         assert not found["passed"], name
         assert found["limit"] == -SEED_MARGIN_DB
         assert "dB against the float model's of the same noise; float against float" in found["detail"], name
+
+
+def test_nan_in_the_pictures_of_an_engine_that_is_not_scored_fails_too(reference, again):
+    found = scores(WITHOUT_TASK, "ort", pictures(reference, reference.clone(), again))
+    rows = [{"runner": name, "step": step, "sqnr_db": None} for name in ("ort", "trt") for step in (0, 1)]
+    trajectory = [row | {"not_finite": 3 * (row["runner"] == "trt" and row["step"] == 1)} for row in rows]
+    origins = [{"runner": "trt", "layer": "conv_out", "step": 1, "sqnr_db": None, "not_finite": 3}]
+    accuracy = {"per_step": [], "lowering": [], "origins": origins, "trajectory": trajectory, "images": found}
+    (failed,) = [one for one in checks({"engines": [], "accuracy": accuracy}) if not one["passed"]]
+    assert failed["name"] == "NaN or infinite values along the trajectories of trt"
+    assert failed["value"] == 3
+    assert "'conv_out' at step 1" in failed["detail"]
+    (table,) = [one for one in page_tables.steps(accuracy) if one["caption"].startswith("Along the trajectory")]
+    assert [row[2]["text"] for row in table["rows"]] == ["equal", "equal", "equal", "NaN"]
+
+
+def test_a_model_that_draws_one_picture_whatever_the_noise_passes_where_it_is_equal(reference):
+    assert likeness(scores(WITHOUT_TASK, "ort", pictures(reference, reference.clone(), reference)))["passed"]
+    off = reference + 0.1
+    assert not likeness(scores(WITHOUT_TASK, "ort", pictures(reference, off, reference)))["passed"]
+
+
+def test_latents_that_are_all_alike_have_scores_that_are_numbers(reference):
+    latent, flat = SimpleNamespace(in_pixels=False, sampler={}, task_net=None), torch.zeros_like(reference)
+    found = scores(latent, "ort", pictures(flat, flat.clone(), flat))
+    assert found["psnr_db"]["mean"] == 120.0
+    json.dumps(found, allow_nan=False)
 
 
 def test_too_few_images_for_scores_of_sets_are_told(reference, again, capsys):

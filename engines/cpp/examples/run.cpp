@@ -117,7 +117,10 @@ const ee::Array& golden(const ee::Arrays& arrays, const std::string& name) {
 // Returns the first rows of a recorded call, as many as the engine likes best at once.
 ee::Feeds recorded(const ee::Bundle& bundle, const ee::Arrays& arrays, std::int64_t step) {
   ee::Feeds feeds = under(arrays, std::to_string(step) + "/feeds/");
-  for (auto& [name, tensor] : feeds) tensor.shape[0] = std::min(tensor.shape[0], bundle.info().axes.at("batch").opt);
+  for (auto& [name, tensor] : feeds) {
+    if (tensor.shape.empty()) fail("the bundle's recorded '" + name + "' has no rows\n  fix: make the bundle again");
+    tensor.shape[0] = std::min(tensor.shape[0], bundle.info().axes.at("batch").opt);
+  }
   return feeds;
 }
 

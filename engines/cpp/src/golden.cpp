@@ -37,6 +37,7 @@ GoldenRow tested(const Engine::Impl& engine, const Arrays& arrays, std::int64_t 
     damaged("golden.safetensors: lacks '" + prefix + "expected', or it is not what the output is");
   const Feeds feeds = under(arrays, prefix + "feeds/");
   const std::int64_t count = expected->second.shape()[0], most = engine.bundle.info().axes.at("batch").opt;
+  if (count < 1) damaged("golden.safetensors: '" + prefix + "expected' has no rows");
   Ratio ratio;
   for (const auto& [name, tensor] : feeds)
     if (tensor.shape.empty() || tensor.shape[0] != count)

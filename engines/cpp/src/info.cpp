@@ -13,6 +13,10 @@ namespace {
 constexpr std::int64_t LARGEST = std::int64_t{1} << 31;  // of any one size: room enough, and products stay small
 constexpr std::size_t MOST_AXES = 8;
 constexpr std::size_t MOST_STEPS = 100000;
+// All that engines are recorded with (engines/backends/ort.py). Of the others some have ONNX Runtime write files.
+const std::set<std::string> SESSION_ENTRIES = {"session.qdq_matmulnbits_accuracy_level",
+                                               "session.qdq_matmulnbits_block_size", "session.x64quantprecision",
+                                               "session.intra_op.allow_spinning"};
 
 std::string file_name(const Cursor& name) {
   check_name(name.text(), name.path());
@@ -41,6 +45,9 @@ Port port_of(const Cursor& cursor) {
     cursor["dtype"].refuse("int64, fp32 or float");
   if (port.largest >= 0 && port.dtype != "int64") cursor["dtype"].refuse("int64, beside a largest value");
   if (port.shape.empty() || port.shape[0].axis != "batch") cursor["shape"].refuse("a shape that begins with batch");
+  const bool of_rows = port.name == "timestep" || port.name == "step";
+  if (of_rows && port.shape.size() != 1) cursor["shape"].refuse("one number for each row");
+  if (port.name == "step" && port.dtype != "int64") cursor["dtype"].refuse("int64");
   return port;
 }
 
@@ -63,12 +70,18 @@ std::map<std::string, std::string> texts_of(const Cursor& cursor) {
   return texts;
 }
 
+std::map<std::string, std::string> entries_of(const Cursor& cursor) {
+  for (const auto& [key, value] : cursor.members())
+    if (!SESSION_ENTRIES.count(key)) damaged(cursor.path() + ": '" + key + "' is nothing that engines are recorded with");
+  return texts_of(cursor);
+}
+
 SessionInfo session_of(const Cursor& cursor) {
   SessionInfo session;
   for (const Cursor& name : cursor["disabled_optimizers"].items()) session.disabled_optimizers.push_back(name.text());
-  session.config = texts_of(cursor["config"]);
-  session.config_if_sums_saturate = texts_of(cursor["config_if_sums_saturate"]);
-  session.config_if_shared = texts_of(cursor["config_if_shared"]);
+  session.config = entries_of(cursor["config"]);
+  session.config_if_sums_saturate = entries_of(cursor["config_if_sums_saturate"]);
+  session.config_if_shared = entries_of(cursor["config_if_shared"]);
   session.codebook_ops = cursor["codebook_ops"].boolean();
   return session;
 }
@@ -167,6 +180,7 @@ std::int64_t step_number(const std::string& text, const Cursor& cursor) {
 GoldenInfo golden_of(const Cursor& cursor) {
   GoldenInfo golden;
   for (const Cursor& step : cursor["steps"].items()) golden.steps.push_back(step.integer(0, MOST_STEPS));
+  if (golden.steps.empty()) cursor["steps"].refuse("a list of steps: an engine would be tested on none");
   for (const auto& [dtype, limits] : cursor["limits_db"].members())
     for (const auto& [step, limit] : limits.members())
       golden.limits_db[dtype][step_number(step, limit)] = limit.number();

@@ -159,6 +159,7 @@ void a_self_test_passes_and_notices_another_network() {
   CHECK(need(engine_of("row").self_test()).passed());
   const SelfTest worse = need(engine_of("worse").self_test());
   CHECK(worse.rows.size() == 2 && !worse.passed());
+  CHECK_SAYS(engine_of("no_rows").self_test().status(), "'0/expected' has no rows");
 }
 
 void eight_threads_get_what_one_gets() {

@@ -1,0 +1,24 @@
+"""Timing: what of a run can be timed, and what a worker that cannot go on says."""
+
+from __future__ import annotations
+
+import pytest
+from gated import made, made_run
+
+from engines.errors import UserError
+from exporter import bench
+
+
+def test_folders_that_are_no_engine_of_the_run_are_left_alone(tmp_path):
+    folder = made_run(tmp_path / "run")
+    made(folder / "engines" / "trt-rtx-sm120", "engine", {"graph": "0" * 64}, {}, "built by hand")
+    made(folder / "engines" / ".ort.old", "engine", {"graph": "0" * 64}, {}, "left by a kill")
+    assert list(bench.targets_of(folder)) == ["float", "quantized", "ort"]
+
+
+def test_a_fault_of_the_user_in_a_worker_is_told_as_one(tmp_path):
+    graph = made(tmp_path / "graph", "graph", {}, {}, "a graph").path
+    (graph / "content").write_text("another")
+    with pytest.raises(UserError, match="content") as caught:
+        bench.throughput({"ort": f"graph:{graph}"}, batches=(1,), threads=1)
+    assert caught.value.fix
