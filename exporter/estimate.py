@@ -27,6 +27,9 @@ WORD, DOUBLE = 4, 8  # bytes of fp32, of fp64
 MAPPED = 32 << 20  # what is larger glibc maps, and gives back at once. Source: mallopt(3), M_MMAP_THRESHOLD
 TEMPORARIES = 10  # tensors of a weight's size while it is encoded
 ROUNDING = 1.7  # what lives at once while a layer's input is rounded, of what does in a float model
+# Assumed, not measured: what an opened engine holds of its file, times over; seconds of an op beside its products;
+# bytes a second that a graph is written at, whose time was too short beside its nodes' to be told.
+OPENED, OP_SECONDS, WRITTEN = 2.0, 2e-5, 1e9
 REFERENCE_CALLS = 6  # fp32 calls' worth: the float model, and the quantized one in fp32, fp64 and fp16
 RUNNERS = 3  # that draw images: float, quantized, an engine
 TRAINING_CALLS = 3  # forward, and backward for inputs and for weights
@@ -218,7 +221,7 @@ def _lower(work: Workload, dtype: str) -> Estimate:
         "nodes": round(node_count(work) * RATES["lower_bytes_per_node"]),
         "weights": round(RATES["whole_graphs"] * whole),
     }
-    seconds = node_count(work) * RATES["lower_seconds_per_node"] + size / RATES["written_bytes_per_second"]
+    seconds = node_count(work) * RATES["lower_seconds_per_node"] + size / WRITTEN
     return _of("lower", held, seconds, file_bytes(work, dtype), f" {dtype}")
 
 
@@ -252,7 +255,7 @@ def _validate(work: Workload) -> Estimate:
     decoded = WORD * sum(work.weights.values())
     held = {
         "models": work.float_bytes + decoded + work.code_bytes + _rest(work),
-        "engine": round(engine * RATES["opened_engine"]),
+        "engine": round(engine * OPENED),
         "pictures": round(RATES["pictures"] * WORD * IMAGES * work.latent),
         "activations": RUNNERS * _scratch(work.plain.peak_bytes * rows),
     }
@@ -266,7 +269,7 @@ def _scratch(activations: int) -> int:
 
 
 def _call_seconds(work: Workload, calls: float) -> float:
-    return float(calls * (work.macs / RATES["macs_per_second"] + work.plain.ops * RATES["seconds_per_op"] / BATCH))
+    return float(calls * (work.macs / RATES["macs_per_second"] + work.plain.ops * OP_SECONDS / BATCH))
 
 
 def _load_seconds(work: Workload) -> float:

@@ -89,7 +89,10 @@ def distil(out: Path, blocks: int, iterations: int, sender: Connection) -> None:
     *others, rule = source["rule"]
     asked = recipe.parse(f"{iterations}", {"rule": [*others, rule | {"method": {"name": "dilatequant", **options}}]})
     made = quantize(checkpoint, asked, calibration, out / f"{iterations}")
-    sender.send(read_json(made.path / "timings.json"))
+    took = read_json(made.path / "timings.json")
+    if took["resumed"]:
+        raise SystemExit(f"{made.path}: was stopped and gone on with, so its time is not known: remove it")
+    sender.send(took)
 
 
 def parallel(out: Path, each: int, samples: int) -> Json:

@@ -9,14 +9,12 @@ are of the stage `quantize`, `above_weights_gb` is its peak over the fp32 weight
 
 import json
 import multiprocessing
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import click
 
-from engines.artifacts import Artifact
-from engines.memory import peak_rss_bytes
+from engines.artifacts import TIMINGS, Artifact, read_json
 from exporter import recipe
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
@@ -84,9 +82,12 @@ def measured(folder: Path, iterations: int) -> dict:
 
 
 def run_quantize(folder: Path, data: Artifact, iterations: int, sender: Connection) -> None:
-    checkpoint, started = open_checkpoint(f"random:{folder}", steps=1), time.monotonic()
+    checkpoint = open_checkpoint(f"random:{folder}", steps=1)
     made = quantize(checkpoint, recipe.parse("kmeans", rules(iterations)), data, folder / "quantized")
-    seconds, peak = time.monotonic() - started, peak_rss_bytes() or 0
+    took = read_json(made.path / TIMINGS)  # of when it was made, which may have been before
+    if took["resumed"]:
+        raise SystemExit(f"{made.path}: was stopped and gone on with, so its time is not known: remove it")
+    seconds, peak = took["seconds"], took["peak_rss_bytes"]
     info = made.info
     floats = 4 * info["model"]["parameters"]
     codebook = info["weights"]["by_format"]["codebook"]

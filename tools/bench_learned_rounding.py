@@ -46,7 +46,10 @@ def seconds(checkpoint: Checkpoint, calibration: Artifact, iterations: int, out:
     method = {"name": "fp_rounding", "iterations": iterations, "activation_iterations": 0, "output": False, "rows": 64}
     rules = [*source["rule"][:-1], source["rule"][-1] | {"method": method}]
     made = quantize(checkpoint, recipe.parse(f"{iterations}", {"rule": rules}), calibration, out)
-    return float(read_json(made.path / "timings.json")["seconds"])
+    took = read_json(made.path / "timings.json")
+    if took["resumed"]:
+        raise SystemExit(f"{made.path}: was stopped and gone on with, so its time is not known: remove it")
+    return float(took["seconds"])
 
 
 if __name__ == "__main__":

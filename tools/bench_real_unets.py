@@ -8,7 +8,6 @@ model's own latent size. The configurations are the published models'.
 
 import json
 import multiprocessing
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import click
 
 from engines import artifacts
 from engines.build import build
-from engines.memory import peak_rss_bytes
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
 from exporter.lower import lower
@@ -93,19 +91,20 @@ def measured(stage: str, folder: Path, recipe: str) -> dict[str, float]:
 
 
 def run_stage(stage: str, folder: Path, recipe: str, sender: Connection) -> None:
-    started = time.monotonic()
     made = folder / recipe
     if stage == "calibrate":
-        calibrate(open_checkpoint(f"random:{folder}", steps=1), folder / "calibration", samples=1)
+        done = calibrate(open_checkpoint(f"random:{folder}", steps=1), folder / "calibration", samples=1)
     elif stage == "quantize":
         data = artifacts.open_artifact(folder / "calibration", "calibration")
-        quantize(open_checkpoint(f"random:{folder}", steps=1), load(recipe), data, made / "quantized")
+        done = quantize(open_checkpoint(f"random:{folder}", steps=1), load(recipe), data, made / "quantized")
     elif stage == "lower":
-        lower(artifacts.open_artifact(made / "quantized", "quantized"), made / "graph", dtype="fp16")
+        done = lower(artifacts.open_artifact(made / "quantized", "quantized"), made / "graph", dtype="fp16")
     else:
-        build(artifacts.open_artifact(made / "graph", "graph"), "trt-rtx", made / "engine", gpu="sm89")
-    peak = peak_rss_bytes() or 0
-    sender.send({"seconds": round(time.monotonic() - started, 1), "peak_rss_gb": round(peak / 1e9, 2)})
+        done = build(artifacts.open_artifact(made / "graph", "graph"), "trt-rtx", made / "engine", gpu="sm89")
+    took = artifacts.read_json(done.path / artifacts.TIMINGS)  # of when it was made, which may have been before
+    if took["resumed"]:
+        raise SystemExit(f"{done.path}: was stopped and gone on with, so its time is not known: remove it")
+    sender.send({"seconds": round(took["seconds"], 1), "peak_rss_gb": round(took["peak_rss_bytes"] / 1e9, 2)})
 
 
 if __name__ == "__main__":

@@ -126,6 +126,9 @@ def _half(given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def psnr_db(one: NDArray[Any], other: NDArray[Any], peak: float) -> float:
+    """Returns the PSNR of two samples: −∞ where one has NaN or infinite values, or another shape."""
+    if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return -np.inf
     error = float(np.square(one.astype(np.float64) - other).mean())
     return float(10 * np.log10(peak**2 / error)) if error else np.inf
 
@@ -178,10 +181,15 @@ def checked(model: str, name: str, program: Path | None, out: Path) -> Json:
         "bytes": opened.artifact.bytes,
         "golden_passed": sum(row["passed"] for row in rows), "golden_rows": len(rows),
         "whole_pipeline": opened.info["pipeline"] is not None,
-        **{f"least_{kind}_db": None if np.isinf(value) else value for kind, value in least.items()},
+        **{f"least_{kind}_db": told(value) for kind, value in least.items()},
         "limit_db": limit, "refused": refused(path, seed=0), "flips": FLIPS,
         "passed": min(least.values()) >= limit and all(row["passed"] for row in rows),
     }  # fmt: skip
+
+
+def told(db: float) -> float | str:
+    """JSON has no infinity: samples are equal, or cannot be compared."""
+    return db if np.isfinite(db) else "equal" if db > 0 else "not finite"
 
 
 def table(found: list[Json]) -> Any:
@@ -200,8 +208,8 @@ def table(found: list[Json]) -> Any:
     return made
 
 
-def spelled(db: float | None) -> str:
-    return "equal" if db is None else f"{db:.1f} dB"
+def spelled(db: float | str) -> str:
+    return db if isinstance(db, str) else f"{db:.1f} dB"
 
 
 @click.command()

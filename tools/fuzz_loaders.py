@@ -56,11 +56,11 @@ class Watch:
 
 
 def write(out: Path, target: str, runs: int, seconds: float, growth: int) -> None:
-    """Writes a target's result; memory that grew is a fault as well."""
-    result = {"target": target, "runs": runs, "seconds": round(seconds, 1), "rss_growth_bytes": growth}
-    (out / f"{target}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    """Writes a target's result, unless memory grew, which is a fault as well."""
     if growth > MAX_RSS_GROWTH:
         raise MemoryError(f"memory grew by {growth} bytes")
+    result = {"target": target, "runs": runs, "seconds": round(seconds, 1), "rss_growth_bytes": growth}
+    (out / f"{target}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def _peak_rss() -> int:
@@ -74,6 +74,7 @@ def run_cpp(program: Path, runs: int, out: Path) -> None:
     name = program.name.removeprefix("fuzz_")
     corpus = out / f"cpp-{name}"
     corpus.mkdir(parents=True, exist_ok=True)
+    (out / f"{corpus.name}.json").unlink(missing_ok=True)  # of a run before: this one may find a fault
     cpp_fuzz_seeds.main(out / "cpp-seeds")
     options = [f"-runs={runs}", f"-timeout={SECONDS}", "-print_final_stats=1", f"-artifact_prefix={corpus}-"]
     command, started = [program, corpus, out / "cpp-seeds" / name, *options], time.monotonic()
@@ -91,11 +92,15 @@ def run_cpp(program: Path, runs: int, out: Path) -> None:
 
 
 def table(folder: Path) -> str:
-    """Returns what the runs of a folder gave, in Markdown; faults are those that the corpus holds, mended."""
+    """Returns what the runs of a folder gave, in Markdown; faults are those that the corpus holds, mended.
+
+    C++'s fuzzers add theirs to the corpora of Python's, whose rows count them.
+    """
     lines = ["| target | executions | seconds | faults mended | memory growth, MB |", "|---|---|---|---|---|"]
     for file in sorted(folder.glob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
-        faults = len(list((CORPUS / found["target"]).glob("fault-*")))
+        own = CORPUS / found["target"]
+        faults = len(list(own.glob("fault-*"))) if own.is_dir() else "–"
         lines.append(
             f"| `{found['target']}` | {found['runs']:,} | {found['seconds']:,.0f} | {faults} | "
             f"{found['rss_growth_bytes'] / 1e6:.0f} |"
@@ -122,6 +127,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of numbers that overflow: they are the input's
     corpus = arguments.out / arguments.target
     corpus.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{arguments.target}.json").unlink(missing_ok=True)  # of a run before: this one may find a fault
     for name, content in fuzz_targets.seeds(arguments.target).items():
         (corpus / f"seed-{name}").write_bytes(content)
     for file in (CORPUS / arguments.target).glob("*"):

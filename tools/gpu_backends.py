@@ -51,8 +51,9 @@ class Bench:
     def judged(self, runner: Any, x: Any, exact: Any) -> Part:
         """Returns how far outputs are from the exact ones: those of the first call, and of one that is replayed."""
         first, _, third = (self.output(runner, x) for _ in range(3))
-        found = self._compared(third, exact)
-        return found | {"repeats": bool((first == third).all()), "no_cuda_graphs": runner.no_graphs}
+        found, before = self._compared(third, exact), self._compared(first, exact)
+        found |= {"first": before, "repeats": bool((first == third).all()), "no_cuda_graphs": runner.no_graphs}
+        return found | {"passed": found["passed"] and before["passed"]}
 
     def output(self, runner: Any, x: Any) -> Any:
         import torch

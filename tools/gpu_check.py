@@ -418,14 +418,15 @@ def in_a_process(part: str) -> Any:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {TIMEOUT_S} s"}
+            return {"failed": f"not done after {TIMEOUT_S} s", "passed": False}
         if not out.is_file():
-            return {"failed": f"its process ended with {done.returncode}: {done.stderr[-2000:].strip()}"}
+            why = f"its process ended with {done.returncode}: {done.stderr[-2000:].strip()}"
+            return {"failed": why, "passed": False}
         return json.loads(out.read_text())[part]
 
 
 def disagrees(report: Any) -> bool:
-    """Returns whether anything in the report was compared and did not pass, or kernels could not be compared at all.
+    """Returns whether anything was compared and did not pass, hung or died, or kernels could not be compared at all.
 
     An engine that a library refuses to build or load is said to be refused, not to disagree: it may be its GPU's fault.
     """

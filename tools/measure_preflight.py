@@ -29,6 +29,8 @@ CASES = {
     XL: ("fp8-once",),
 }
 
+LAST = {("digits-dit", "fp8"): "validate", ("shapes-unet", "dilate-w8a8"): "quantize"}  # stage; of others "build"
+
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
@@ -58,14 +60,16 @@ def case(out: Path, name: str, recipe: str) -> list[dict]:
         (out / XL).mkdir(exist_ok=True)
         (out / XL / "config.json").write_text(json.dumps(CONFIG | {"num_layers": 28}))
         model, steps = f"random:{out / XL}", 2
-    last = "validate" if (name, recipe) == ("digits-dit", "fp8") else "build"
-    found = measured(model, str(file), out / f"run-{name}-{recipe}", steps=steps, last=last)
+    found = measured(
+        model, str(file), out / f"run-{name}-{recipe}", steps=steps, last=LAST.get((name, recipe), "build")
+    )
     work = work_of(model, str(file), steps)
     sizes = {"quantized": work.stored_bytes}
     for backend, dtype in work.dtypes.items():
         sizes |= {f"graph {dtype}": work.graphs[dtype], f"graph {dtype} files": estimate.file_bytes(work, dtype)}
         sizes[f"engine {backend}"] = work.engines[backend]
     stages = {one.stage: one.memory for one in estimate.estimates(work) if one.stage in found["stages"]}
+    sizes = {what: size for what, size in sizes.items() if what in found["sizes"]}
     rows = [judged(name, recipe, what, size, found["sizes"][what], BYTES) for what, size in sizes.items()]
     return rows + [
         judged(name, recipe, stage, peak, found["stages"][stage]["peak_rss_bytes"], MEMORY)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from bench_dit_xl_codebooks import CONFIG
 from bench_real_unets import CONFIGS
 
 from engines.artifacts import open_artifact, read_json, write_json
+from exporter.versions import versions
 
 BACKENDS = {"ort": "fp32", "trt-rtx": "fp16"}
 STEPS = 2
@@ -68,15 +70,22 @@ def main(out: Path) -> None:
 def measured(model: str, recipe: str, folder: Path, *, steps: int | None = None, last: str = "build") -> dict:
     """Runs the stages into `folder`, up to `last`; returns seconds and peak memory of each, and sizes written."""
     found = folder / "measured.json"
-    if found.is_file():
+    text = Path(recipe).read_text(encoding="utf-8")
+    asked = {"model": model, "recipe": text, "steps": steps, "last": last, **versions("torch", "diffusers")}
+    if found.is_file() and read_json(found)["asked"] == asked:
         return read_json(found)
+    if found.is_file():  # of another recipe, or another version of ours
+        shutil.rmtree(folder)
     stepped = ["--steps", steps] if steps else []
     stages: dict[str, dict] = {}
 
     def stage(name: str, made: Path, *arguments: object) -> None:
         if not (made / "timings.json").is_file():
             run(name.split()[0], *arguments, "--out", made)
-        stages[name] = {k: read_json(made / "timings.json")[k] for k in ("seconds", "peak_rss_bytes")}
+        took = read_json(made / "timings.json")
+        if took["resumed"]:
+            raise SystemExit(f"{made}: was stopped and gone on with, so its time is not known: remove it")
+        stages[name] = {key: took[key] for key in ("seconds", "peak_rss_bytes")}
 
     calibration, source = folder / "calibration", folder / "quantized"
     stage("calibrate", calibration, model, "--samples", samples_of(recipe), *stepped)
@@ -84,7 +93,7 @@ def measured(model: str, recipe: str, folder: Path, *, steps: int | None = None,
     if last != "calibrate":
         stage("quantize", source, model, "--recipe", recipe, "--calibration", calibration, *stepped)
         sizes["quantized"] = open_artifact(source, "quantized").info["weights"]["bytes"]
-        for backend, dtype in BACKENDS.items():
+        for backend, dtype in BACKENDS.items() if last != "quantize" else ():
             graph, engine = folder / "graph" / dtype, folder / "engines" / backend
             stage(f"lower {dtype}", graph, source, "--dtype", dtype)
             stage(f"build {backend}", engine, graph, "--backend", backend, "--gpu", "sm89")
@@ -95,7 +104,7 @@ def measured(model: str, recipe: str, folder: Path, *, steps: int | None = None,
     if last == "validate":
         run("validate", folder)
         stages["validate"] = read_json(folder / "timings.json")["stages"]["validate"]
-    write_json(found, {"model": model, "recipe": recipe, "steps": steps, "stages": stages, "sizes": sizes})
+    write_json(found, {"asked": asked, "model": model, "steps": steps, "stages": stages, "sizes": sizes})
     return read_json(found)
 
 
@@ -166,7 +175,6 @@ def rates(found: dict[str, dict], recipe: str) -> dict:
         "scratch": round(max(1.0, scratch / unet.plain.peak_bytes), 2),
         "encode": round(max(0.0, encoding / (WORD * wide.largest)), 2),
         "whole_graphs": round(rest("lower fp32", "peak_rss_bytes", wide.graphs["fp32"]), 2),
-        "opened_engine": 2.0,
         "pictures": round(max(0.0, scored / (WORD * IMAGES * works["tiny"].latent)), 1),
         "lower_bytes_per_node": round(more("lower fp32", "peak_rss_bytes")),
         "file_bytes_per_node": round(file / nodes["deep"], 1),
@@ -181,11 +189,9 @@ def rates(found: dict[str, dict], recipe: str) -> dict:
             for name, dtype in BACKENDS.items()
         },
         "macs_per_second": round(wide.macs / call),
-        "seconds_per_op": 2e-5,
         "weights_per_second": round(sum(wide.weights.values()) / max(1.0, quantizing)),
         "loaded_bytes_per_second": round(wide.float_bytes / load),
         "lower_seconds_per_node": round(more("lower fp32", "seconds"), 6),
-        "written_bytes_per_second": round(1 / max(1e-9, rest("lower fp32", "seconds", wide.graphs["fp32"]))),
         "start_seconds": started(),
     }
 

@@ -116,6 +116,16 @@ def test_samples_that_the_report_did_not_judge_are_refused(change, run, tmp_path
     assert "export-engine validate" in caught.value.fix
 
 
+def test_samples_must_be_nearer_than_another_seeds(run, tmp_path):
+    folder = copy_of(run, tmp_path / "run")
+    accuracy = json.loads((folder / "report.json").read_text())["accuracy"]
+    before = bundle(folder, tmp_path / "before").info["golden"]["picture"]["limits_db"]["fp32"]
+    accuracy["images"]["psnr_db"]["noise_floor"] = before + 1  # as of a model whose pictures are much alike
+    edit_report(folder, accuracy=accuracy)
+    after = bundle(folder, tmp_path / "after").info["golden"]["picture"]["limits_db"]["fp32"]
+    assert after == pytest.approx(before + 4)
+
+
 def test_a_failed_check_of_an_engine_excuses_it_from_nothing(run, tmp_path):
     folder = copy_of(run, tmp_path / "run")
     before = bundle(folder, tmp_path / "good").info["golden"]["limits_db"]

@@ -61,7 +61,9 @@ def test_the_cpp_runtime_is_timed_in_turn_where_it_is_given(tmp_path):
 
 def test_a_program_that_is_not_there_or_fails_is_said(tmp_path):
     folder = bundles.tiny_bundle(tmp_path / "tiny")
-    assert "no program at" in json.loads(run(folder, "--json", "--cpp", tmp_path / "none").stdout)["rows"][4]["detail"]
+    mistyped = CliRunner().invoke(bench_runtime.main, [str(folder), *QUICK, "--cpp", str(tmp_path / "none")])
+    assert mistyped.exit_code == 2
+    assert "does not exist" in mistyped.output
     bad = program(tmp_path, "import sys; sys.exit('out of luck')")
     result = CliRunner().invoke(bench_runtime.main, [str(folder), *QUICK, "--cpp", str(bad)])
     assert "ended with 1: out of luck" in str(result.exception)

@@ -14,9 +14,10 @@ MADE = {kind: made for kind, made in gpu_check.graphs().items() if kind in ("fp1
 
 
 class StandIn:
-    """Runs the graph that stands in an engine's place; `wrong` is added to what it gives, from the third call on."""
+    """Runs the graph that stands in an engine's place; `wrong` is added to what calls give that `when` takes."""
 
     wrong, refits = 0.0, True
+    when = staticmethod(lambda call: call > 2)
 
     def __init__(self, library, plan, graph, *, cuda_graphs=True, budget=None):
         self.no_graphs = None if cuda_graphs else "not asked for"
@@ -29,7 +30,7 @@ class StandIn:
     def run(self, feeds):
         self._calls += 1
         (y,) = self._session.run(None, feeds)
-        return {"y": y.astype("float32") + (self.wrong if self._calls > 2 else 0)}
+        return {"y": y.astype("float32") + (self.wrong if self.when(self._calls) else 0)}
 
     def refit(self, model):
         if self.refits:
@@ -113,3 +114,9 @@ def test_weights_of_the_other_sign_give_the_other_result():
     model, x, exact = MADE["fp16"]
     session = onnxruntime.InferenceSession(gpu_backends.negated(model), providers=["CPUExecutionProvider"])
     assert gpu_check.compared(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), -exact)["passed"]
+
+
+def test_a_first_call_that_is_wrong_and_is_replayed_right_is_found(checked, monkeypatch):
+    monkeypatch.setattr(StandIn, "wrong", 1.0)
+    monkeypatch.setattr(StandIn, "when", staticmethod(lambda call: call == 1))
+    assert gpu_check.disagrees(checked("trt-rtx")["graphs"])

@@ -71,7 +71,10 @@ def test_a_part_whose_process_dies_is_a_finding(monkeypatch, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text("import os, sys; print('the last words', file=sys.stderr, flush=True); os.abort()")
     monkeypatch.setattr(gpu_check, "__file__", str(script))
-    assert gpu_check.in_a_process("machine") == {"failed": "its process ended with -6: the last words"}
+    assert gpu_check.in_a_process("machine") == {
+        "failed": "its process ended with -6: the last words",
+        "passed": False,
+    }
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
