@@ -38,7 +38,9 @@ class BuildOptional(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         built = Path(self.get_ext_fullpath(extension.name))
-        places = {built.with_name("why_not.txt"), ROOT / "engines/native/why_not.txt"}  # of a wheel, and of an editable
+        places = {built.with_name("why_not.txt")}
+        if self.inplace or self.editable_mode:  # a wheel leaves the kernels of an editable install alone
+            places.add(ROOT / "engines/native/why_not.txt")
         for place in places:
             place.unlink(missing_ok=True)
             place.with_name(built.name).unlink(missing_ok=True)  # one of older sources must not stay in use

@@ -69,9 +69,6 @@ class CalibrationSet:
             if held:
                 yield _joined(held)
 
-    def __len__(self) -> int:
-        return len(self.shards) * len(self.steps)
-
 
 def _joined(records: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([record[name] for record in records]) for name in records[0]}

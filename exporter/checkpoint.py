@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,15 @@ from torch import nn
 from calib_data import shipped
 from engines.artifacts import Json, digest_file, digest_json, inside, read_json
 from engines.errors import UserError, unknown
+from exporter import catalog
 from exporter.models import Family, family_of
 from exporter.weights import RandomWeights, SafetensorsWeights, Weights
 
-# Used where a folder holds only a denoiser. diffusers' own DDIM defaults; printed when they are taken.
-DEFAULT_SCHEDULER: Json = {"_class_name": "DDIMScheduler"}
 DEFAULT_STEPS = 25
 DENOISERS = ("transformer", "unet")  # the folders a diffusers pipeline keeps its denoiser in
+# What attentions of old U-Nets are called in their files. Source: diffusers, ModelMixin._fix_state_dict_keys_on_load.
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+OTHER_MODELS = "config.json and the weights are of different models: copy both again"
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,48 @@ class Checkpoint:
             return self.family.build().eval()
 
     def load(self) -> nn.Module:
-        """Builds the fp32 module, one tensor at a time."""
+        """Builds the fp32 module, one tensor at a time; buffers are read where the weights hold them."""
         model = self.skeleton()
-        parameters = dict(model.named_parameters())
-        if missing := sorted(parameters.keys() - self.weights.names()):
+        parameters, stored = dict(model.named_parameters()), _stored_as(model, self.weights.names())
+        if missing := sorted(parameters.keys() - stored.keys()):
+            raise UserError(f"{self.folder}: its weights lack {_first(missing)}", fix=OTHER_MODELS)
+        if unplaced := _unplaced(model, self.weights.names() - set(stored.values())):
             raise UserError(
-                f"{self.folder}: its weights lack {missing[0]!r}"
-                + (f" and {len(missing) - 1} more" * (len(missing) > 1)),
-                fix="config.json and the weights are of different models: copy both again",
+                f"{self.folder}: its weights hold {_first(unplaced)}, for which its config.json has no place",
+                fix=OTHER_MODELS,
             )
         for name, parameter in parameters.items():
-            tensor = self.weights.read(name, tuple(parameter.shape)).to(torch.float32)
-            set_parameter(model, name, tensor)
+            set_parameter(model, name, self.weights.read(stored[name], tuple(parameter.shape)).to(torch.float32))
+        for name in stored.keys() - parameters.keys():
+            buffer = model.get_buffer(name)
+            buffer.copy_(self.weights.read(stored[name], tuple(buffer.shape)))
         return model.requires_grad_(False)
+
+
+def _stored_as(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Returns the names under which weights hold a module's parameters and persistent buffers, where they do."""
+    old = {
+        f"{path}.{new}.": f"{path}.{before}."
+        for path, module in model.named_modules()
+        if getattr(module, "_from_deprecated_attn_block", False)
+        for new, before in OLD_ATTENTION.items()
+    }
+    found = {}
+    for name in model.state_dict():
+        before = next((there + name.removeprefix(here) for here, there in old.items() if name.startswith(here)), name)
+        if stored := next((one for one in (name, before) if one in names), None):
+            found[name] = stored
+    return found
+
+
+def _unplaced(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Returns what of the names a module has no place for, but for what its class says that old files may hold."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    return sorted(name for name in names if not any(re.search(pattern, name) for pattern in ignored))
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]!r}" + f" and {len(names) - 1} more" * (len(names) > 1)
 
 
 def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -100,7 +132,7 @@ def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Lets modules be built without memory for parameters; buffers, which no checkpoint may hold, stay real."""
+    """Lets modules be built without memory for parameters; buffers stay real, for most checkpoints hold none."""
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -157,6 +189,12 @@ def _open(root: Path, name: str, steps: int | None, weights_seed: int | None) ->
             f"model {name!r}: {root} has no config.json, nor {' or '.join(f'{d}/config.json' for d in DENOISERS)}",
             fix="give a folder written by diffusers' save_pretrained",
         )
+    index = read_json(root / INDEX, fix=COPY) if (root / INDEX).is_file() else {}
+    if index.get("requires_aesthetics_score"):
+        raise UserError(
+            f"{root}: is SDXL's refiner, which reads an aesthetic score and a picture: it is not served",
+            fix="served is the base model, stabilityai/stable-diffusion-xl-base-1.0 and what is fine-tuned from it",
+        )
     config = read_json(folder / "config.json", fix=COPY)
     class_name = config.get("_class_name")
     if not isinstance(class_name, str):
@@ -166,18 +204,18 @@ def _open(root: Path, name: str, steps: int | None, weights_seed: int | None) ->
     with config_errors(folder / "config.json", "no inputs follow from it"):
         for shapes in (family.inputs, family.output, family.axes, family.latent_shape):
             shapes()
-    scheduler, sampler, notes = _sampling(root, steps)
+    scheduler, sampler, notes = _sampling(root, steps, family)
     return Checkpoint(name, root, folder, config, family, scheduler, sampler, weights_seed, notes)
 
 
-def _sampling(root: Path, steps: int | None) -> tuple[Json, Json, tuple[str, ...]]:
+def _sampling(root: Path, steps: int | None, family: Family) -> tuple[Json, Json, tuple[str, ...]]:
     notes: list[str] = []
     path = root / "scheduler" / "scheduler_config.json"
     if path.is_file():
         scheduler: Any = read_json(path, fix=COPY)
     else:
-        scheduler = dict(DEFAULT_SCHEDULER)
-        notes.append(f"{root} has no scheduler/: DDIM with diffusers' defaults is used")
+        scheduler = {"_class_name": family.SCHEDULER}
+        notes.append(f"{root} has no scheduler/: {family.SCHEDULER} with diffusers' defaults is used")
     sampler: Json = {"steps": DEFAULT_STEPS, "guidance_scale": 1.0}
     if (root / "sampler.json").is_file():
         sampler |= _checked_sampler(root / "sampler.json")
@@ -185,6 +223,9 @@ def _sampling(root: Path, steps: int | None) -> tuple[Json, Json, tuple[str, ...
         sampler["steps"] = steps
     if not (root / "sampler.json").is_file():
         notes.append(f"{root} has no sampler.json: {sampler['steps']} steps (--steps) without guidance are used")
+    fed = any(spec.name == "guidance" for spec in family.inputs())
+    if sampler["guidance_scale"] != 1.0 and not family.guided() and not fed:
+        notes.append(f"guidance_scale = {sampler['guidance_scale']:g} says nothing to {family.CLASS}: it is not guided")
     return scheduler, sampler, tuple(notes)
 
 
@@ -207,4 +248,11 @@ def _checked_sampler(path: Path) -> Json:
         if type(value) not in SAMPLER_KEYS[key]:
             kinds = " or ".join(kind.__name__ for kind in SAMPLER_KEYS[key])
             raise UserError(f"{path}: {key} = {value!r}", fix=f"write a value of type {kinds}")
+    for key in ("task_net", "prompts", "validation_prompts"):
+        if key in found and not inside(path.parent, found[key], links=True).is_file():
+            raise UserError(
+                f"{path}: {key} = {found[key]!r} is no file beside it", fix="copy it there, or drop the key"
+            )
+    if "task" in found and found["task"] not in catalog.modules("tasks"):
+        raise unknown("task", found["task"], catalog.modules("tasks"), str(path))
     return found

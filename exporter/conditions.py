@@ -90,18 +90,31 @@ def calibration_entries(checkpoint: Checkpoint, given: Sequence[str] | None) -> 
         if given is not None:
             raise UserError(f"{checkpoint.name}: draws without prompt or label", fix="leave out --prompts")
         return []
+    own = _own(checkpoint, "prompts")
     if classes is not None:
-        return _labels(given, classes, checkpoint.name) if given is not None else [str(i) for i in range(classes)]
+        asked = own if given is None else given
+        return [str(i) for i in range(classes)] if asked is None else _labels(asked, classes, checkpoint.name)
     if given is not None:
         return list(given)
-    own = checkpoint.sampler.get("prompts")
-    return read_list(inside(checkpoint.root, own) if own else GENERAL)
+    return read_list(GENERAL) if own is None else own
 
 
 def validation_entries(checkpoint: Checkpoint, calibrated: Sequence[str]) -> list[str]:
     """Returns what validation asks for: the model's held-out captions where it ships some, else calibration's."""
-    own = checkpoint.sampler.get("validation_prompts")
-    return read_list(inside(checkpoint.root, own)) if own else list(calibrated)
+    own, classes = _own(checkpoint, "validation_prompts"), checkpoint.family.classes()
+    if own is None:
+        return list(calibrated)
+    return own if classes is None else _labels(own, classes, checkpoint.name)
+
+
+def _own(checkpoint: Checkpoint, key: str) -> list[str] | None:
+    """Returns the list that a model's sampler.json names, if it does."""
+    name, family = checkpoint.sampler.get(key), checkpoint.family
+    if name is None:
+        return None
+    if family.text_pipeline() is None and family.classes() is None:
+        raise UserError(f"{checkpoint.name}: draws without prompt or label", fix=f"drop {key!r} from its sampler.json")
+    return read_list(inside(checkpoint.root, name))
 
 
 def _labels(given: Sequence[str], classes: int, name: str) -> list[str]:

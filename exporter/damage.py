@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from engines.artifacts import Artifact, Json, write_json, writing_errors
+from engines.artifacts import Artifact, Json, replacing, write_json
 from exporter import progress, quantized, scaling
 from exporter.checkpoint import Checkpoint
 from exporter.metrics import sqnr_db
@@ -86,8 +86,8 @@ def draw(found: Json, path: Path) -> None:
     axis.set_xlabel("sampling step (0 is the noisiest)")
     axis.set_title("SQNR of the output with this layer alone quantized, dB", fontsize=9)
     figure.colorbar(image, ax=axis)
-    with writing_errors(path):
-        FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary), metadata={"Software": None})
 
 
 def table(found: Json, most: int = 20) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +150,11 @@ class _StepErrors:
 
 def scores(checkpoint: Checkpoint, runner: str, pictures: Pictures) -> Json:
     """Returns every score of a set of images against the float model's."""
+    laid_out = checkpoint.family.laid_out
+    pictures = replace(
+        pictures,
+        reference=laid_out(pictures.reference), judged=laid_out(pictures.judged), again=laid_out(pictures.again),
+    )  # fmt: skip
     span = float(pictures.reference.max() - pictures.reference.min())
     data_range = 2.0 if checkpoint.in_pixels else span or 1.0  # of latents that are all alike
     found: Json = {
@@ -159,7 +164,7 @@ def scores(checkpoint: Checkpoint, runner: str, pictures: Pictures) -> Json:
         "not_finite": int((~pictures.judged.isfinite()).sum()),
         "psnr_db": _per_image(pictures, lambda a, b: metrics.psnr_db(a, b, data_range)),
         "ssim": _per_image(pictures, lambda a, b: metrics.ssim(a, b, data_range)),
-        "cosine": _per_image(pictures, _cosines),
+        "cosine": _per_image(pictures, metrics.cosine),
         "task_score": None,
     }
     if (name := checkpoint.sampler.get("task")) is None:
@@ -169,10 +174,6 @@ def scores(checkpoint: Checkpoint, runner: str, pictures: Pictures) -> Json:
     if checkpoint.task_net and not found["not_finite"]:
         found["sets"] = _set_scores(task, pictures)
     return found
-
-
-def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cosine_similarity(a.double().flatten(1), b.double().flatten(1))
 
 
 def _per_image(pictures: Pictures, score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Json:

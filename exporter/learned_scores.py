@@ -22,6 +22,7 @@ from engines.errors import UserError, unknown
 
 BATCH = 32  # images at a time: Inception sees them at 299×299
 CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default, which published scores mostly use
+LEAST_OF_A_SET = 2  # images, that a covariance takes
 EXTRA = "pip install 'export-engine[scores]'"
 
 Compute = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -64,6 +65,11 @@ def score(
         raise UserError(f"score {name}: has nothing to hold the images against", fix=f"give {one.against}")
     if name != "inception-fid" and len(other) != len(images):
         raise UserError(f"score {name}: {len(images)} images and {len(other)} {one.against}", fix="give one per image")
+    if name == "inception-fid" and min(len(images), len(other)) < LEAST_OF_A_SET:
+        raise UserError(
+            f"score {name}: {len(images)} images against {len(other)}, of which no spread can be told",
+            fix=f"give {LEAST_OF_A_SET} of each or more; thousands, for a figure that others compare with",
+        )
     if min(images.shape[2:]) < one.least:
         raise UserError(
             f"score {name}: the images have {images.shape[2]}×{images.shape[3]} pixels",

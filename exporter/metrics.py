@@ -26,10 +26,10 @@ def sqnr_db(reference: torch.Tensor, other: torch.Tensor) -> float:
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
-def cosine(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Returns the cosine, −1…1, of the angle between two tensors as vectors; 0 where one of them is 0."""
-    reference, other = reference.double().flatten(), other.double().flatten()
-    return float(F.cosine_similarity(reference, other, dim=0, eps=1e-150))  # eps² is still a normal fp64
+def cosine(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Returns the cosine per image, [n], −1…1, of the angle between two as vectors; 0 where one of them is 0."""
+    reference, other = reference.double().flatten(1), other.double().flatten(1)
+    return F.cosine_similarity(reference, other, dim=1, eps=1e-150)  # eps² is still a normal fp64
 
 
 def psnr_db(reference: torch.Tensor, other: torch.Tensor, data_range: float) -> torch.Tensor:
@@ -66,14 +66,6 @@ def ssim(a: torch.Tensor, b: torch.Tensor, data_range: float) -> torch.Tensor:
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     return (luminance * (2 * covariance + c2) / (variance_a + variance_b + c2)).flatten(1).mean(dim=1)
-
-
-def mean_ci95(values: NDArray[np.float64] | torch.Tensor) -> tuple[float, list[float]]:
-    """Returns the mean and its 95 % confidence interval by the normal approximation (1.96 standard errors)."""
-    array = np.asarray(values, dtype=np.float64)
-    mean = float(array.mean())
-    half = 1.96 * float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else math.inf
-    return mean, [mean - half, mean + half]
 
 
 def bootstrap_means(
@@ -162,5 +154,5 @@ def knn_precision(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> fl
 
 
 def finite(value: float) -> float | None:
-    """JSON has no infinity: an infinite dB, of equal tensors, is null."""
+    """JSON has no infinity: an infinite dB is null, of equal tensors, and of those with NaN: `not_finite` tells."""
     return value if math.isfinite(value) else None

@@ -107,7 +107,12 @@ def compared(runs: Mapping[str, Json], here: str) -> Json:
 def steps(accuracy: Json) -> list[Json]:
     """Returns the numbers behind the charts over steps."""
     per_step = [
-        [text(row["runner"]), number(row["step"], 0), number(row.get("timestep"), 0), db(row.get("sqnr_db"))]
+        [
+            text(row["runner"]),
+            number(row["step"], 0),
+            number(row.get("timestep"), 0),
+            db(row.get("sqnr_db"), row.get("not_finite", 0)),
+        ]
         for row in at(accuracy, "per_step", [])
     ]
     trajectory = [

@@ -37,7 +37,7 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields everything the model holds, by name, as it is stored: 4-bit codes packed, scales in fp16.
 
     Kept tensors are stored in fp16 where that is exact, as it is for those of an fp16 checkpoint, else in fp32.
-    Buffers that no checkpoint holds (position tables) are among them, so that lowering needs no float model.
+    Buffers (position tables) are among them, so that lowering needs no float model.
     """
     layers = quantized_layers(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

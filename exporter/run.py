@@ -13,7 +13,7 @@ from engines.build import build
 from engines.errors import UserError
 from engines.memory import peak_rss_bytes
 from engines.options import Options
-from exporter import bench, damage, html_report, progress
+from exporter import bench, damage, html_report, progress, quantized
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
 from exporter.images import IMAGES, SHOWN
@@ -142,6 +142,8 @@ def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int, images: in
 
 def layers(checkpoint: Checkpoint, run: Run, out: Path) -> Json:
     """Ranks layers by the damage each does alone, and compares each in every graph with PyTorch; writes both."""
+    if not quantized.specs(run.quantized):
+        raise UserError(f"{out}: its recipe quantizes no layer", fix="rank the layers of a run whose recipe does")
     found = damage.damage(checkpoint, run.quantized) | {
         "graphs": compare_layers(run),
         "quantized": run.quantized.digest,

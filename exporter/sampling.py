@@ -40,7 +40,8 @@ def scheduler_for(checkpoint: Checkpoint) -> Any:
         raise unknown("scheduler", name, known, str(checkpoint.root))
     steps = checkpoint.sampler["steps"]
     with config_errors(checkpoint.root, f"{name} refuses its config"):
-        scheduler = getattr(diffusers, name).from_config(checkpoint.scheduler)
+        scheduler = _made(getattr(diffusers, name), name, checkpoint)
+        _check_driven(scheduler, name, checkpoint)
         limit = int(scheduler.config.num_train_timesteps)
         if not isinstance(steps, int) or not 1 <= steps <= limit:
             raise UserError(f"{checkpoint.name}: {steps} sampling steps", fix=f"use 1 … {limit} (--steps)")
@@ -51,6 +52,25 @@ def scheduler_for(checkpoint: Checkpoint) -> Any:
             fix="use a scheduler with whole timesteps, e.g. DDIMScheduler",
         )
     return scheduler
+
+
+def _made(cls: Any, name: str, checkpoint: Checkpoint) -> Any:
+    try:
+        return cls.from_config(checkpoint.scheduler)
+    except ImportError as error:  # of what diffusers itself does not require
+        raise UserError(f"{checkpoint.root}: {name} cannot be used ({error})", fix="install what it names") from error
+
+
+def _check_driven(scheduler: Any, name: str, checkpoint: Checkpoint) -> None:
+    """Raises a UserError if a scheduler is stepped otherwise than by a prediction, or draws noise of its own."""
+    step = getattr(scheduler, "step", None)
+    parameters = list(inspect.signature(step).parameters.values()) if step else []
+    asked = [one.name for one in parameters if one.default is inspect.Parameter.empty and one.kind != one.VAR_KEYWORD]
+    if asked != ["model_output", "timestep", "sample"] or hasattr(scheduler, "noise_sampler"):
+        raise UserError(
+            f"{checkpoint.root}: {name} is not stepped by a prediction, a timestep and a sample alone",
+            fix="use another scheduler that the model was trained for, e.g. DDIMScheduler",
+        )
 
 
 def _set_timesteps(scheduler: Any, steps: int, family: Family) -> None:

@@ -22,6 +22,7 @@ CLASSES = (
 )  # fmt: skip
 # Encoders up to this size on disk are computed in fp32, larger ones (T5-XXL) as they are stored: memory is theirs.
 FP32_BYTES = 2 << 30
+ZEROS = "force_zeros_for_empty_prompt"  # in a pipeline's index
 
 
 def components(root: Path) -> dict[str, str]:
@@ -52,7 +53,8 @@ def components(root: Path) -> dict[str, str]:
 def digest(root: Path) -> dict[str, str]:
     """Returns the digest of every file of the text half, by path."""
     files = (file for name in components(root) for file in sorted((root / name).iterdir()) if file.is_file())
-    return {file.relative_to(root).as_posix(): digest_file(file) for file in files}
+    found = {file.relative_to(root).as_posix(): digest_file(file) for file in files}
+    return found if _zeros_for_nothing(root) else found | {ZEROS: "false"}
 
 
 def open_pipeline(checkpoint: Checkpoint) -> Any:
@@ -76,9 +78,17 @@ def open_pipeline(checkpoint: Checkpoint) -> Any:
     parts = {name: _open(checkpoint.root / name, class_name) for name, class_name in found.items()}
     cls = getattr(diffusers, checkpoint.family.text_pipeline() or "")
     others = dict.fromkeys(cls.__init__.__annotations__.keys() - {"return", "requires_safety_checker"})
-    others = {name: None for name in others if name not in ("force_zeros_for_empty_prompt", "add_watermarker")}
+    others = {name: None for name in others if name not in (ZEROS, "add_watermarker")}
     extra = {"requires_safety_checker": False} if "requires_safety_checker" in cls.__init__.__annotations__ else {}
+    if ZEROS in cls.__init__.__annotations__ and not _zeros_for_nothing(checkpoint.root):
+        extra[ZEROS] = False
     return cls(**{**others, **parts, **extra})
+
+
+def _zeros_for_nothing(root: Path) -> bool:
+    """Whether guidance goes away from zeros in place of an empty caption, as SDXL's does unless its index says no."""
+    index = read_json(root / INDEX, fix=COPY) if (root / INDEX).is_file() else {}
+    return index.get(ZEROS) is not False
 
 
 def _open(folder: Path, class_name: str) -> Any:

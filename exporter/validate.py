@@ -203,7 +203,8 @@ def per_step_rows(
         output = run_feeds(runner, reference, step, rows)
         value = finite(sqnr_db(reference[f"{step}/float"], output))
         timestep = run.quantized.info["timesteps"][step]
-        found.append({"runner": runner.name, "step": step, "timestep": timestep, "sqnr_db": value})
+        row = {"runner": runner.name, "step": step, "timestep": timestep, "sqnr_db": value}
+        found.append(row | {"not_finite": not_finite(output)})
     return found
 
 

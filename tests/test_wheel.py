@@ -19,6 +19,7 @@ from exporter.bundle import bundle
 PACKAGES = ("exporter", "engines", "calib_data")
 HEADERS = ROOT / "build/ort-headers/usr/include/onnxruntime"  # where ci/ort_headers.sh puts them
 BUILT = ("*.pyc", "__pycache__", "*.so", "why_not.txt")  # what the working tree holds of other builds
+KERNELS = ("codebook_ops.so", "why_not.txt")
 RUNTIME = ("numpy", "onnxruntime", "safetensors")  # all that docs/bundle.md asks an application to install
 
 
@@ -32,9 +33,16 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, source / name)
     headers = {"EXPORT_ENGINE_ORT_INCLUDE": str(HEADERS)} if HEADERS.is_dir() else {}
+    for name in KERNELS:  # as an editable install of that tree has
+        (source / "engines/native" / name).write_text("of an editable install")
     pip("wheel", source, "--no-deps", "--no-build-isolation", "--wheel-dir", place, environment=headers)
     (made,) = place.glob("*.whl")
     return made
+
+
+def test_a_wheel_that_is_built_leaves_the_kernels_of_an_editable_install_alone(wheel):
+    for name in KERNELS:
+        assert (wheel.parent / "source/engines/native" / name).read_text() == "of an editable install"
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,7 @@ class Family(ABC):
     """One diffusers class, at one config."""
 
     CLASS: ClassVar[str]
+    SCHEDULER: ClassVar[str] = "DDIMScheduler"  # where a folder holds a denoiser alone, with diffusers' own defaults
 
     def __init__(self, config: Config) -> None:
         """Completes the config with the class's own defaults."""
@@ -159,6 +160,10 @@ class Family(ABC):
     def sigmas(self, steps: int) -> list[float] | None:
         """Returns the noise levels that the model's pipeline asks its scheduler for, None where it asks for none."""
         return None
+
+    def laid_out(self, samples: torch.Tensor) -> torch.Tensor:
+        """Returns samples [n, *latent_shape] as pictures lie, [n, c, h, w]."""
+        return samples
 
     def guided(self) -> bool:
         """Whether guidance runs the network a second time, without condition."""

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from engines.errors import UserError
 from exporter.models import Axis, Family, Fold, Tensors, TensorSpec, batch_axis, size_axis
 
 _BLOCK = re.compile(
@@ -19,6 +20,16 @@ _BLOCK = re.compile(
 
 class UNet(Family):
     """Down blocks, a middle and up blocks of residual convolutions, attention between them."""
+
+    def build(self) -> nn.Module:
+        given, made = self.config["in_channels"], self.config["out_channels"]
+        if made not in (given, 2 * given):  # twice: a variance that was learned, which schedulers split off
+            raise UserError(
+                f"{self.CLASS} with {given} channels in and {made} out reads a picture beside the latent, which is not "
+                "served",
+                fix="served are models that read the latent alone: no inpainting, no edits, no depth",
+            )
+        return super().build()
 
     def inputs(self) -> tuple[TensorSpec, ...]:
         return (

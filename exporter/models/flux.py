@@ -28,6 +28,7 @@ class Flux(Family):
     """Sees a latent as a sequence of packed tokens, whose positions are inputs."""
 
     CLASS = "FluxTransformer2DModel"
+    SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
     def build(self) -> nn.Module:
         from exporter.models._flux import FluxFp32Times, RotaryTable
@@ -86,6 +87,12 @@ class Flux(Family):
 
     def tokens(self) -> int:
         return self._side**2
+
+    def laid_out(self, samples: torch.Tensor) -> torch.Tensor:
+        """Source: diffusers, FluxPipeline._unpack_latents."""
+        side = self._side
+        packed = samples.reshape(len(samples), side, side, -1, PACK, PACK)
+        return packed.permute(0, 3, 1, 4, 2, 5).reshape(len(samples), -1, PACK * side, PACK * side)
 
     def blocks(self, model: nn.Module) -> list[str]:
         """The joint blocks, then the single ones."""

@@ -25,6 +25,7 @@ class SD3(Family):
     """The position table is cropped around its centre, so height and width are dynamic up to its size."""
 
     CLASS = "SD3Transformer2DModel"
+    SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
     def build(self) -> nn.Module:
         side, table = self.config["sample_size"] // self.config["patch_size"], self.config["pos_embed_max_size"]

@@ -19,7 +19,7 @@ class UNet2D(UNet):
     CLASS = "UNet2DModel"
 
     def build(self) -> nn.Module:
-        for key, served in (("class_embed_type", (None,)), ("time_embedding_type", ("positional", "fourier"))):
+        for key, served in (("class_embed_type", (None,)), ("time_embedding_type", ("positional",))):
             if self.config[key] not in served:
                 raise UserError(
                     f"{self.CLASS} with {key} = {self.config[key]!r} takes inputs that are not served",

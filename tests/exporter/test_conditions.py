@@ -141,3 +141,26 @@ def test_a_list_outside_the_models_folder_is_refused(painter, key):
     own = replace(painter, sampler=painter.sampler | {key: "../elsewhere.txt"})
     with pytest.raises(UserError, match="leaves the folder"):
         calibration_entries(own, None) if key == "prompts" else validation_entries(own, [])
+
+
+def with_list(checkpoint, tmp_path, key, *lines):
+    (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line in lines))
+    return replace(checkpoint, root=tmp_path, sampler=checkpoint.sampler | {key: "list.txt"})
+
+
+def test_a_class_models_own_lists_are_read(tiny, tmp_path):
+    assert calibration_entries(with_list(tiny, tmp_path, "prompts", "7", "2"), None) == ["7", "2"]
+    assert validation_entries(with_list(tiny, tmp_path, "validation_prompts", "3"), ["7"]) == ["3"]
+
+
+@pytest.mark.parametrize("line", ["cat", "10", "1001"])
+def test_a_class_models_own_list_of_anything_but_classes_is_refused(line, tiny, tmp_path):
+    with pytest.raises(UserError, match=f"'{line}' is no class"):
+        calibration_entries(with_list(tiny, tmp_path, "prompts", line), None)
+    with pytest.raises(UserError, match=f"'{line}' is no class"):
+        validation_entries(with_list(tiny, tmp_path, "validation_prompts", line), ["1"])
+
+
+def test_a_list_of_a_model_that_reads_nothing_is_refused(random_model, tmp_path):
+    with pytest.raises(UserError, match="draws without prompt or label"):
+        validation_entries(with_list(random_model("unet"), tmp_path, "validation_prompts", "a"), [])

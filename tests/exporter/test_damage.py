@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from exporter import damage, quantized, recipe
+from engines.errors import UserError
+from exporter import damage, quantized, recipe, run
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
 from exporter.metrics import sqnr_db
@@ -102,6 +104,13 @@ def test_all_layers_together_are_worse_than_any_alone(made, found):
     assert together < found["layers"][0]["mean_sqnr_db"]
 
 
+def test_a_run_that_quantizes_nothing_has_no_layers_to_rank(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.quantized, "specs", lambda _: {})
+    with pytest.raises(UserError, match="its recipe quantizes no layer"):
+        run.layers(None, SimpleNamespace(quantized=None), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_ranking_is_written_as_a_table_and_a_picture(found, tmp_path):
     damage.write(found, tmp_path)
     assert json.loads((tmp_path / damage.TABLE).read_text()) == found
@@ -150,11 +159,30 @@ def test_the_worst_layers_of_each_graph_are_shown(found, monkeypatch, capsys):
         for dtype, value in worse.items()
         for i in range(4)
     ]
+    graphs = [row | {"not_finite": 0} for row in graphs]
     print_layers(found | {"graphs": graphs}, most=2)
     told = " ".join(capsys.readouterr().out.split())  # a title is as wide as its table
     for dtype in worse:
         assert f"{dtype} graph against PyTorch: the worst 2 of 4" in told
         assert [f"{dtype}.{i} " in told for i in range(4)] == [True, True, False, False]
+
+
+def test_a_layer_that_gives_nan_is_the_worst_and_not_equal(found, monkeypatch, capsys):
+    from exporter.layers import print_layers
+
+    monkeypatch.setenv("COLUMNS", "160")
+    rows = [("equal", None, 0), ("near", 80.0, 0), ("broken", None, 3)]
+    graphs = [
+        {"dtype": "fp16", "layer": name, "sqnr_db": db, "not_finite": bad, "codes_different": None, "codes": 0}
+        for name, db, bad in rows
+    ]
+    print_layers(found | {"graphs": graphs})
+    shown = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in shown[-3:]] == [
+        ["broken", "NaN"],
+        ["near", "80.0"],
+        ["equal", "equal"],
+    ]
 
 
 def test_the_command_writes_and_prints_the_ranking(made, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
+from families import family
 from safetensors.torch import load_file
 
 from calib_data import shapes, shipped
@@ -19,10 +21,14 @@ from exporter.runners import TorchRunner
 
 COUNT = 60
 SETS = {"frechet_distance", "precision", "recall"}
+AS_THEY_ARE = SimpleNamespace(laid_out=lambda samples: samples)
+WITHOUT_TASK = SimpleNamespace(in_pixels=True, sampler={}, task_net=None, family=AS_THEY_ARE)
 SHAPES = SimpleNamespace(
-    in_pixels=True, sampler={"task": "shapes"}, task_net=shipped.folder("shapes-unet") / "features.safetensors"
+    in_pixels=True,
+    sampler={"task": "shapes"},
+    task_net=shipped.folder("shapes-unet") / "features.safetensors",
+    family=AS_THEY_ARE,
 )
-WITHOUT_TASK = SimpleNamespace(in_pixels=True, sampler={}, task_net=None)
 CAPTIONS = [
     f"a {size} {colour} {shape} {place}"
     for size, colour, shape in zip(
@@ -30,6 +36,10 @@ CAPTIONS = [
     )
     for place in ("at the top", "in the center", "at the bottom", "at the left", "at the right")
 ]
+
+
+def replaced(**changed):
+    return SimpleNamespace(**(vars(WITHOUT_TASK) | changed))
 
 
 def drawn(seed: int) -> torch.Tensor:
@@ -151,8 +161,22 @@ def test_a_model_that_draws_one_picture_whatever_the_noise_passes_where_it_is_eq
     assert not likeness(scores(WITHOUT_TASK, "ort", pictures(reference, off, reference)))["passed"]
 
 
+def test_latents_that_are_packed_into_tokens_are_scored_as_they_lie():
+    flux = family("flux-dev")
+    latents = torch.randn(9, *flux.latent_shape(), generator=torch.Generator().manual_seed(0))
+    laid_out = flux.laid_out(latents)
+    assert laid_out.shape[1:] == (flux.config["in_channels"] // 4, *[2 * int(latents.shape[1] ** 0.5)] * 2)
+    side = laid_out.shape[-1]
+    theirs = FluxPipeline._unpack_latents(latents, 8 * side, 8 * side, 8)  # of a VAE that halves three times
+    assert torch.equal(laid_out, theirs)
+    off = latents + 0.01
+    found = scores(replaced(in_pixels=False, family=flux), "ort", Pictures(latents, off, latents.flip(0), CAPTIONS[:9]))
+    assert 0.9 < found["ssim"]["mean"] < 1
+    assert found["ssim"]["noise_floor"] < 0.5
+
+
 def test_latents_that_are_all_alike_have_scores_that_are_numbers(reference):
-    latent, flat = SimpleNamespace(in_pixels=False, sampler={}, task_net=None), torch.zeros_like(reference)
+    latent, flat = replaced(in_pixels=False), torch.zeros_like(reference)
     found = scores(latent, "ort", pictures(flat, flat.clone(), flat))
     assert found["psnr_db"]["mean"] == 120.0
     json.dumps(found, allow_nan=False)
@@ -185,7 +209,7 @@ def test_images_that_are_all_nan_give_a_report_that_is_still_json(reference, aga
 
 
 def test_latents_are_measured_against_their_own_range_and_have_no_task(reference, again):
-    latent = SimpleNamespace(in_pixels=False, sampler={}, task_net=None)
+    latent = replaced(in_pixels=False)
     noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(3))
     found = scores(latent, "ort", pictures(10 * reference, 10 * (reference + 0.02 * noise), 10 * again))
     spread = float(reference.max() - reference.min())

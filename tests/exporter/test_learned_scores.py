@@ -101,6 +101,13 @@ def test_one_counterpart_for_each_image_is_asked(name):
         score(name, images(), **other)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_set_of_one_image_has_no_spread(count):
+    with pytest.raises(UserError, match=f"inception-fid: {count} images against 5") as caught:
+        score("inception-fid", torch.zeros(count, 3, 299, 299), torch.zeros(5, 3, 299, 299))
+    assert "2 of each or more" in caught.value.fix
+
+
 def test_images_too_small_for_the_network_are_refused():
     with pytest.raises(UserError, match="8×8 pixels"):
         score("lpips", images(size=8), reference=images(size=8))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from families import family
 
 from engines.errors import UserError
 from exporter.checkpoint import open_checkpoint
@@ -90,3 +91,28 @@ def test_a_number_of_steps_the_scheduler_lacks_is_refused(tiny, steps):
 def test_an_unknown_scheduler_is_refused_with_close_names(tiny):
     with pytest.raises(UserError, match="DDIMScheduler"):
         scheduler_for(replace(tiny, scheduler={"_class_name": "DDIMSheduler"}))
+
+
+@pytest.mark.parametrize("name", ["ScoreSdeVeScheduler", "RePaintScheduler", "KarrasVeScheduler"])
+def test_a_scheduler_that_is_stepped_by_more_than_a_prediction_is_refused(name, tiny):
+    with pytest.raises(UserError, match=f"{name} is not stepped by a prediction"):
+        scheduler_for(replace(tiny, scheduler={"_class_name": name}))
+
+
+def test_a_scheduler_whose_own_library_is_not_there_is_refused_with_its_name(tiny, monkeypatch):
+    def lacking(*_):
+        raise ImportError("DPMSolverSDEScheduler requires the torchsde library")
+
+    monkeypatch.setattr("diffusers.DPMSolverSDEScheduler.from_config", lacking)
+    with pytest.raises(UserError, match="requires the torchsde library"):
+        scheduler_for(replace(tiny, scheduler={"_class_name": "DPMSolverSDEScheduler"}))
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+             "PNDMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler",
+             "HeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"],
+)  # fmt: skip
+def test_the_usual_schedulers_are_taken(name, tiny):
+    with_fractions = replace(tiny, family=family("unet"), scheduler={"_class_name": name})
+    assert len(scheduler_for(with_fractions).timesteps) >= 4

@@ -226,3 +226,26 @@ def test_a_denoiser_that_the_index_lists_and_the_folder_lacks_is_named(folder):
     shutil.rmtree(folder / "unet")
     with pytest.raises(UserError, match=r"lists 'unet', but there is no unet/config\.json"):
         open_checkpoint(f"random:{folder}")
+
+
+@pytest.mark.parametrize("zeros", [True, False, None])
+def test_whether_guidance_goes_away_from_zeros_is_what_the_index_says(zeros, saved, tmp_path):
+    index = {"_class_name": "StableDiffusionXLPipeline"}
+    index |= {name: ["transformers", kind] for name, kind in (
+        ("text_encoder", "CLIPTextModel"), ("text_encoder_2", "CLIPTextModelWithProjection"),
+        ("tokenizer", "PreTrainedTokenizerFast"), ("tokenizer_2", "PreTrainedTokenizerFast"),
+    )}  # fmt: skip
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(FAMILIES["sdxl"]))
+    torch.manual_seed(0)
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer(77, clip=True).save_pretrained(tmp_path / name)
+    clip_encoder(32, projected=False).save_pretrained(tmp_path / "text_encoder", safe_serialization=True)
+    clip_encoder(32, projected=True).save_pretrained(tmp_path / "text_encoder_2", safe_serialization=True)
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    before = text.digest(tmp_path)
+    if zeros is not None:
+        (tmp_path / "model_index.json").write_text(json.dumps(index | {text.ZEROS: zeros}))
+    pipeline = text.open_pipeline(open_checkpoint(f"random:{tmp_path}"))
+    assert pipeline.config[text.ZEROS] is (zeros is not False)
+    assert (text.digest(tmp_path) == before) is (zeros is not False)
