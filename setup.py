@@ -33,13 +33,18 @@ def include_folder() -> Path:
 class BuildOptional(build_ext):
     """Builds the library under its plain name, or says why it could not."""
 
+    def run(self) -> None:
+        # known here alone: `run` clears `inplace`; a wheel leaves the kernels of an editable install as they are
+        self.into_source = bool(self.inplace or self.editable_mode)
+        super().run()
+
     def get_ext_filename(self, name: str) -> str:
         return f"{name.replace('.', os.sep)}.so"
 
     def build_extension(self, extension: Extension) -> None:
         built = Path(self.get_ext_fullpath(extension.name))
         places = {built.with_name("why_not.txt")}
-        if self.inplace or self.editable_mode:  # a wheel leaves the kernels of an editable install alone
+        if self.into_source:
             places.add(ROOT / "engines/native/why_not.txt")
         for place in places:
             place.unlink(missing_ok=True)
