@@ -308,6 +308,7 @@ def checkpoint(place: Place, data: bytes) -> None:
     found = edited(files, data[1:], SIZES)
     for name in files:
         place.written(f"model/{name}", json.dumps(found.get(name, {})).encode())
+    place.written("model/p.txt", b"a caption\n")
     opened = open_checkpoint(f"random:{place.path / 'model'}")
     _refused_or(lambda: scheduler_for(opened))
     _refused_or(lambda: (opened.skeleton(), opened.family.inputs(), opened.family.output(), opened.family.axes()))
