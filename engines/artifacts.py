@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -322,25 +323,21 @@ def drafting(path: Path, request: Request, *, resumable: bool = False) -> Iterat
     same request. While one process writes an artifact, another that would is refused.
     """
     path = path.resolve()  # so that `.` has a name, and a link keeps pointing at what is written
+    partial = path.with_name(f".{path.name}.partial")
     with contextlib.ExitStack() as stack:
         with writing_errors(path):
             refuse_foreign(path, request.kind)
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_alone(path))
-        yield from _drafted(path, request, resumable)
+            stack.enter_context(_alone(partial, path))
+        yield from _drafted(partial, path, request, resumable)
 
 
-def _drafted(path: Path, request: Request, resumable: bool) -> Iterator[Draft]:
-    partial = path.with_name(f".{path.name}.partial")
+def _drafted(partial: Path, path: Path, request: Request, resumable: bool) -> Iterator[Draft]:
     with writing_errors(path):
         mark = partial / ".request"
         resumed = resumable and mark.is_file() and mark.read_text(encoding="utf-8") == request.digest
         if not resumed:
-            if partial.is_symlink() or partial.is_file():
-                partial.unlink()
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir()
+            _empty(partial)
             mark.write_text(request.digest)
     draft, started = Draft(partial, resumed), time.monotonic()
     try:
@@ -355,21 +352,45 @@ def _drafted(path: Path, request: Request, resumable: bool) -> Iterator[Draft]:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Holds a lock on what is written to `path`."""
-    from filelock import FileLock, Timeout  # here, since an application that only loads needs none
-
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{path}: another process is writing it", fix="wait for it, or choose another --out") from error
+def _alone(partial: Path, path: Path) -> Iterator[None]:
+    """Makes the folder of a draft and holds a lock on it, which goes with the process and moves with the folder."""
+    handle = _locked(partial, path)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # where an open file cannot be removed
-            Path(lock.lock_file).unlink()
-        lock.release()
+        if handle is not None:
+            os.close(handle)
+
+
+def _locked(partial: Path, path: Path) -> int | None:
+    """Returns a handle that holds the lock; None where folders cannot be locked: Windows, some network file systems."""
+    while True:
+        if partial.is_symlink() or partial.is_file():
+            partial.unlink()
+        partial.mkdir(exist_ok=True)
+        if sys.platform == "win32":
+            return None
+        import fcntl
+
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if not isinstance(error, BlockingIOError):
+                return None
+            raise UserError(
+                f"{path}: another process is writing it", fix="wait for it, or choose another --out"
+            ) from error
+        with contextlib.suppress(FileNotFoundError):  # it was finished, and renamed, between the two calls
+            if os.path.samestat(os.fstat(handle), partial.stat()):
+                return handle
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for place in folder.iterdir():
+        shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
 
 
 def _finish(draft: Draft, path: Path, request: Request, started: float) -> None:
