@@ -372,7 +372,10 @@ def _locked(partial: Path, path: Path) -> int | None:
             return None
         import fcntl
 
-        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # whoever wrote there has just finished, and renamed it
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -382,7 +385,7 @@ def _locked(partial: Path, path: Path) -> int | None:
             raise UserError(
                 f"{path}: another process is writing it", fix="wait for it, or choose another --out"
             ) from error
-        with contextlib.suppress(FileNotFoundError):  # it was finished, and renamed, between the two calls
+        with contextlib.suppress(FileNotFoundError):  # likewise
             if os.path.samestat(os.fstat(handle), partial.stat()):
                 return handle
         os.close(handle)

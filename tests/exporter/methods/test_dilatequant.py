@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from common import TINY
+from killing import killed_after
 from torch import nn
 
 from calib_data.store import CalibrationSet
@@ -282,22 +283,9 @@ def test_a_layer_of_zeros_stays_one():
 @pytest.mark.parametrize("at", [3, 17])
 def test_a_killed_run_ends_where_it_would_have(at, tiny, tmp_path, monkeypatch):
     checkpoint, calibration = tiny
-    monkeypatch.setattr(reconstruct, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(reconstruct, "SAVE_SHARE", float("inf"))
     whole = quantize(checkpoint, asked(), calibration, tmp_path / "whole")
-    count, original = 0, reconstruct._Saved.save
-
-    def save(*arguments):
-        nonlocal count
-        original(*arguments)
-        count += 1
-        if count == at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr(reconstruct._Saved, "save", save)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(checkpoint, asked(), calibration, tmp_path / "killed")
+    with killed_after(at, monkeypatch):
+        quantize(checkpoint, asked(), calibration, tmp_path / "killed")
     assert quantize(checkpoint, asked(), calibration, tmp_path / "killed").digest == whole.digest
 
 

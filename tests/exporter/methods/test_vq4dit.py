@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from common import TINY
+from killing import killed_after
 from safetensors.torch import load_file
 from torch import nn
 
@@ -194,21 +195,8 @@ def test_layers_of_other_methods_in_the_blocks_are_quantized_before(tiny, tmp_pa
 @pytest.mark.parametrize("at", [25, 50])
 def test_a_killed_run_ends_where_it_would_have(tiny, trained, tmp_path, monkeypatch, at):
     """Killed in the choices' iterations, and in the codewords'."""
-    monkeypatch.setattr(reconstruct, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(reconstruct, "SAVE_SHARE", float("inf"))
-    count, original = 0, reconstruct._Saved.save
-
-    def save(*arguments):
-        nonlocal count
-        original(*arguments)
-        count += 1
-        if count == at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr(reconstruct._Saved, "save", save)
-        with pytest.raises(KeyboardInterrupt):
-            quantized_with(tiny, tmp_path / "quantized", "vq4dit", **SHORT)
+    with killed_after(at, monkeypatch):
+        quantized_with(tiny, tmp_path / "quantized", "vq4dit", **SHORT)
     assert (tmp_path / ".quantized.partial" / ".blocks" / "jointly" / "training.safetensors").exists()
     resumed = quantized_with(tiny, tmp_path / "quantized", "vq4dit", **SHORT)
     assert resumed.digest == trained.digest
