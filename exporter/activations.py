@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from calib_data.store import CalibrationSet
-from exporter import observers, progress
+from exporter import devices, observers, progress
 from exporter.attention import PointSpec
 from exporter.models import Family
 from exporter.plan import Plan
@@ -121,6 +121,7 @@ def observe(
             f"note: {len(one)} layers read other rows than one for each step fed, and have one scale: {one[0]!r} …"
         )
     states: dict[str, State] = {}
+    device = devices.of(model)
     specs, points = dict(plan.specs), {}
     for path, rule in rules.items():
         leader, fmt = readers.leader[path], rule.format
@@ -129,12 +130,12 @@ def observe(
             states[path] = states[leader]
             fmt = specs[leader].activation or fmt if leader in specs else fmt
         elif isinstance(observer, Stepped):
-            states[path] = observer.state()
+            states[path] = {name: value.to(device) for name, value in observer.state().items()}
         else:
             if rule.candidates:
                 fmt = min(rule.candidates, key=lambda one: observer.fit(one)[1])
             scale = scale_for(torch.tensor(observer.range(fmt), dtype=torch.float64), fmt)
-            states[path] = {"activation_scale": scale}
+            states[path] = {"activation_scale": scale.to(device)}
         steps = count if isinstance(observer, Stepped) else 0
         if path in specs:
             shifted = bool(steps) and rule.zero_point

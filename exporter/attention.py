@@ -123,7 +123,7 @@ class QuantizedPoint(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedPoint:
         zero = self.activation_zero_point  # float8 counts as a floating-point type, and is none here
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.activation_zero_point = zero
+        self.activation_zero_point = zero.to(self.activation_zero_point.device)
         return self
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from calib_data.store import ShardWriter, shard_name
 from engines import artifacts
@@ -13,7 +14,7 @@ from engines.artifacts import Artifact, Draft, Request, digest_json
 from engines.errors import UserError
 from engines.memory import peak_rss_bytes
 from engines.runner import Runner
-from exporter import progress
+from exporter import devices, progress
 from exporter.checkpoint import Checkpoint
 from exporter.conditions import Conditions, calibration_entries
 from exporter.runners import TorchRunner
@@ -31,8 +32,12 @@ def calibrate(
     seed: int = 0,
     record_steps: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
+    device: torch.device = devices.CPU,
 ) -> Artifact:
-    """Records `samples` trajectories, at every step unless `record_steps` lists some; `prompts` are the user's own."""
+    """Records `samples` trajectories, at every step unless `record_steps` lists some; `prompts` are the user's own.
+
+    They are sampled on `device`.
+    """
     steps = _record_steps(checkpoint, record_steps)
     entries = calibration_entries(checkpoint, prompts)
     request = request_for(checkpoint, samples=samples, seed=seed, record_steps=record_steps, prompts=prompts)
@@ -41,7 +46,8 @@ def calibrate(
     with artifacts.drafting(out, request, resumable=True) as draft:
         conditions = Conditions(checkpoint, entries)
         conditions.read(range(samples))
-        runner = TorchRunner("float", checkpoint.load(), checkpoint.family)
+        devices.place(model := checkpoint.load(), device)
+        runner = TorchRunner("float", model, checkpoint.family)
         rows = checkpoint.family.rows(BATCH)
         batches = [range(first, min(first + rows, samples)) for first in range(0, samples, rows)]
         for number, indices in enumerate(progress.track(batches, len(batches), "calibrating (batches)")):
@@ -56,7 +62,7 @@ def calibrate(
             "entries": entries,
             "sampler": checkpoint.sampler,
         }
-        draft.timings["peak_rss_bytes"] = peak_rss_bytes()
+        draft.timings |= {"peak_rss_bytes": peak_rss_bytes(), "device": devices.name(device)}
     return artifacts.open_artifact(out, "calibration")
 
 

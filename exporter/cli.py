@@ -34,6 +34,10 @@ TIMING_CACHE = click.option(
 PROMPTS = click.option(
     "--prompts", type=FOLDER, help="Your own captions or class labels for calibration, one to a line."
 )
+DEVICE = click.option(
+    "--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N",
+    help="Where PyTorch samples, searches and trains: the CPU, or a GPU.",
+)  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
@@ -75,6 +79,7 @@ def main() -> None:
 @STEPS
 @PROMPTS
 @click.option("--calibration", type=FOLDER, help="A calibration set to use again, e.g. that of another recipe's run.")
+@DEVICE
 @SEED
 @JSON
 def run(
@@ -91,13 +96,14 @@ def run(
     steps: int | None,
     prompts: Path | None,
     calibration: Path | None,
+    device: str,
     seed: int,
     as_json: bool,
 ) -> None:
     """Calibrate, quantize, lower, build and validate MODEL. Resumes where it was stopped."""
     _check_asked(model, recipe, backends, dtype, gpu)
     options = _options(backends, decode, refit, weight_streaming, timing_cache)
-    asked = _prompts(prompts)
+    asked, where = _prompts(prompts), _device(device)
     from exporter import run as runs
     from exporter import thresholds
 
@@ -105,7 +111,7 @@ def run(
     opened = _checkpoint(model, steps, seed)
     report = runs.run(
         opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, options=options, seed=seed,
-        prompts=asked, calibration=calibration,
+        prompts=asked, calibration=calibration, device=where,
     )  # fmt: skip
     thresholds.keep(limits, out)
     _report(report, as_json, out)
@@ -168,14 +174,17 @@ def doctor(as_json: bool) -> None:
 @STEPS
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Trajectories to record.")
 @PROMPTS
+@DEVICE
 @SEED
-def calibrate(model: str, out: Path, steps: int | None, samples: int, prompts: Path | None, seed: int) -> None:
+def calibrate(
+    model: str, out: Path, steps: int | None, samples: int, prompts: Path | None, device: str, seed: int
+) -> None:
     """Record MODEL's inputs at every step of its own sampling."""
     _check_model(model)
-    asked = _prompts(prompts)
+    asked, where = _prompts(prompts), _device(device)
     from exporter.calibrate import calibrate as stage
 
-    _done(stage(_checkpoint(model, steps, seed), out, samples=samples, seed=seed, prompts=asked))
+    _done(stage(_checkpoint(model, steps, seed), out, samples=samples, seed=seed, prompts=asked, device=where))
 
 
 @main.command()
@@ -184,15 +193,16 @@ def calibrate(model: str, out: Path, steps: int | None, samples: int, prompts: P
 @click.option("--calibration", type=FOLDER, required=True)
 @OUT
 @STEPS
+@DEVICE
 @SEED
-def quantize(model: str, recipe: str, calibration: Path, out: Path, steps: int | None, seed: int) -> None:
+def quantize(model: str, recipe: str, calibration: Path, out: Path, steps: int | None, device: str, seed: int) -> None:
     """Turn MODEL's weights into codes and scales, as RECIPE says."""
     from engines.artifacts import open_artifact
     from exporter.quantize import quantize as stage
 
-    data = open_artifact(calibration, "calibration")
+    where, data = _device(device), open_artifact(calibration, "calibration")
     checkpoint = _checkpoint(model, steps or data.info["sampler"]["steps"], seed)
-    _done(stage(checkpoint, _recipe(recipe), data, out))
+    _done(stage(checkpoint, _recipe(recipe), data, out, device=where))
 
 
 @main.command()
@@ -251,16 +261,18 @@ def build(
 @click.argument("run", type=FOLDER)
 @click.option("--layers", is_flag=True, help="Also rank layers and steps by the damage each does alone.")
 @click.option("--images", type=click.IntRange(min=2), help="Images to score (default: as run does, 256).")
+@DEVICE
 @SEED
 @JSON
-def validate(run: Path, layers: bool, images: int | None, seed: int, as_json: bool) -> None:
+def validate(run: Path, layers: bool, images: int | None, device: str, seed: int, as_json: bool) -> None:
     """Hold the engines of RUN against PyTorch again."""
     from exporter import run as runs
     from exporter import run_folder
 
+    where = _device(device)
     checkpoint, opened = run_folder.open_run(run)
     with run_folder.locked(run):
-        report = runs.report(checkpoint, opened, run, seed=seed, images=images)
+        report = runs.report(checkpoint, opened, run, seed=seed, images=images, device=where)
         found = runs.layers(checkpoint, opened, run) if layers else None
     if found is not None and not as_json:
         from exporter.layers import print_layers
@@ -491,6 +503,12 @@ def _checkpoint(model: str, steps: int | None, seed: int) -> Any:
     for note in opened.notes:
         progress.note(f"note: {note}")
     return opened
+
+
+def _device(name: str) -> Any:
+    from exporter.devices import resolve
+
+    return resolve(name)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def seeds(vectors: torch.Tensor, size: int, importance: torch.Tensor, generator:
     nearest = ((vectors - chosen[0]).square() * importance).sum(dim=1)
     for _ in range(size - 1):
         odds = nearest if float(nearest.sum()) > 0 else torch.ones_like(nearest)
-        chosen.append(vectors[int(torch.multinomial(odds, 1, generator=generator))])
+        chosen.append(vectors[int(torch.multinomial(odds.cpu(), 1, generator=generator))])
         nearest = torch.minimum(nearest, ((vectors - chosen[-1]).square() * importance).sum(dim=1))
     return torch.stack(chosen)
 

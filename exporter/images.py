@@ -17,7 +17,7 @@ import torch
 from calib_data.tensors import save_tensors
 from engines.artifacts import Json, replacing
 from engines.runner import Runner
-from exporter import metrics, progress, tasks
+from exporter import devices, metrics, progress, tasks
 from exporter.checkpoint import Checkpoint
 from exporter.conditions import Conditions
 from exporter.runners import TorchRunner
@@ -50,18 +50,20 @@ def judge(
     folder: Path,
     seed: int,
     count: int | None = None,
+    device: torch.device = devices.CPU,
 ) -> tuple[list[Json], Json, dict[str, Call]]:
     """Returns the trajectory rows of all runners, the scores of the first engine that runs here, else PyTorch's, and of
     every runner that gives NaN or infinity its first call that does.
 
-    `count` is of the images that are scored (default: IMAGES).
+    `count` is of the images that are scored (default: IMAGES). The float model samples on `device`.
     """
     from exporter.report import PICTURES, draw_samples
 
     conditions = Conditions(checkpoint, entries)
     indices = [SEED_OFFSET + i for i in range(count or IMAGES)]
     conditions.read(indices)
-    float_runner = TorchRunner("float", checkpoint.load(), checkpoint.family)
+    devices.place(model := checkpoint.load(), device)
+    float_runner = TorchRunner("float", model, checkpoint.family)
     judged = next(iter(ours.values()), pytorch)
     others = {judged.name: judged, pytorch.name: pytorch, **ours}
     trajectory, first, bad = _trajectories(checkpoint, conditions, float_runner, others, indices[:TRAJECTORIES], seed)

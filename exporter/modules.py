@@ -149,7 +149,7 @@ class QuantizedLayer(nn.Module):
         # .half() and .double() convert every floating-point buffer, and float8 counts as one: codes are not numbers.
         codes = {n: self._buffers[n] for n in ("weight_codes", *ZERO_POINTS) if n in self._buffers}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers |= codes
+        self._buffers |= {name: value.to(self._buffers[name].device) for name, value in codes.items()}
         return self
 
     def extra_repr(self) -> str:
@@ -259,8 +259,8 @@ class SteppedLayer(QuantizedLayer):
 
 def step_unit(scales: torch.Tensor) -> torch.Tensor:
     """Returns the largest power of two that is at most every scale, []. Source: methods.md section 2."""
-    _, exponent = torch.frexp(scales.detach().float().amin())  # of a mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones(()), exponent - 1)
+    mantissa, exponent = torch.frexp(scales.detach().float().amin())  # in [0.5, 1)
+    return torch.ldexp(torch.ones_like(mantissa), exponent - 1)
 
 
 class CodebookLayer(QuantizedLayer):

@@ -43,7 +43,10 @@ class Moments:
     def __init__(self, model: nn.Module, paths: Sequence[str], *, diagonal: bool = False) -> None:
         self._layers = {path: float_layer(model, path) for path in paths}
         self._diagonal = diagonal
-        self._sums = {path: torch.zeros([width(model, path)] * (1 if diagonal else 2)) for path in paths}
+        self._sums = {
+            path: layer.weight.new_zeros([width(model, path)] * (1 if diagonal else 2))
+            for path, layer in self._layers.items()
+        }
         self._counts = dict.fromkeys(paths, 0)
         self._generator = torch.Generator().manual_seed(0)
 

@@ -64,8 +64,8 @@ class Histogram:
             magnitude = magnitude[even_share(len(magnitude), COUNTED, self._generator)]
         bits = magnitude.view(torch.int32) >> (23 - OCTAVE_BITS)
         index = (bits - ((127 + LOWEST_EXPONENT) << OCTAVE_BITS)).clamp_(0, BINS - 1)
-        self.counts += torch.bincount(index, minlength=BINS)
-        self.sums += torch.bincount(index, weights=magnitude.double(), minlength=BINS)
+        self.counts += torch.bincount(index, minlength=BINS).cpu()
+        self.sums += torch.bincount(index, weights=magnitude.double(), minlength=BINS).cpu()
 
     @property
     def means(self) -> torch.Tensor:

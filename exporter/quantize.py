@@ -18,7 +18,7 @@ from engines import artifacts
 from engines.artifacts import Artifact, Json, Request
 from engines.errors import UserError
 from engines.memory import peak_rss_bytes
-from exporter import methods, moments, progress, quantized, scaling
+from exporter import devices, methods, moments, progress, quantized, scaling
 from exporter.activations import observe
 from exporter.attention import quantized_points
 from exporter.checkpoint import Checkpoint
@@ -45,8 +45,18 @@ REFERENCE_ROWS = 32
 Reference = dict[str, torch.Tensor]
 
 
-def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out: Path) -> Artifact:
-    """Quantizes the model as the recipe says and writes codes, scales and reference feeds and outputs."""
+def quantize(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Artifact,
+    out: Path,
+    *,
+    device: torch.device = devices.CPU,
+) -> Artifact:
+    """Quantizes the model as the recipe says and writes codes, scales and reference feeds and outputs.
+
+    Ranges are searched, and what trains is trained, on `device`.
+    """
     made_from = {"model": checkpoint.digest, "recipe": recipe.digest, "calibration": calibration.digest}
     request = Request("quantized", made_from, {"recipe": recipe.name}, versions("torch", "diffusers"))
     if (made := artifacts.current(out, request)) is not None:
@@ -58,6 +68,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         model = checkpoint.load()
         reference = _feeds(data)
         _add_finite_outputs(reference, "float", TorchRunner("float", model, family))
+        devices.place(model, device)
         plan = plan_layers(model, family, recipe)
         among = recipe.calibration.range_samples
         factors = _factors(model, family, plan, data, among)
@@ -66,6 +77,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         plan, activations, seen = observe(model, family, plan, data, trajectories=among)
         start = Start(_weights_by_inputs(model, family, plan, data), activations)
         plan = swap_layers(model, family, plan, start, training)
+        devices.place(model, devices.CPU)
         quantized.save(model, draft.path)
         scaling.save(factors, draft.path)
         artifacts.write_json(draft.path / RANGES, seen.to_json(_ends(model)))
@@ -76,7 +88,7 @@ def quantize(checkpoint: Checkpoint, recipe: Recipe, calibration: Artifact, out:
         draft.info["fp16_overflow"] = overflow
         save_tensors(reference, draft.path / quantized.REFERENCE)
         shutil.rmtree(draft.path / BLOCKS, ignore_errors=True)  # a kill until now would have found what was trained
-        draft.timings["peak_rss_bytes"] = peak_rss_bytes()
+        draft.timings |= {"peak_rss_bytes": peak_rss_bytes(), "device": devices.name(device)}
     return artifacts.open_artifact(out, "quantized")
 
 

@@ -22,7 +22,7 @@ class Ranges:
 
     def update(self, path: str, x: torch.Tensor, steps: torch.Tensor) -> None:
         """Sees an input whose rows belong to `steps` [n]; several rows of x may belong to one."""
-        largest = self._largest.setdefault(path, torch.zeros(max(self._steps) + 1))
+        largest = self._largest.setdefault(path, torch.zeros(max(self._steps) + 1, device=x.device))
         if len(x) % len(steps):
             self._untold.add(path)  # rows that no step can be told of, as where a layer reads a table
             return

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from calib_data.tensors import load_tensors, save_tensors, save_whole
 from engines.artifacts import Json, read_json, write_json
 from engines.errors import UserError
-from exporter import progress, steps
+from exporter import devices, progress, steps
 from exporter.metrics import finite
 from exporter.models import Family
 from exporter.runners import TorchRunner
@@ -129,13 +129,14 @@ def _check_space(folder: Path, needed: int) -> None:
 class Calls(ABC):
     """What is trained on, in chunks of rows; those behind the first `training` are kept apart, to judge by."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, model: nn.Module, samples: Samples) -> None:
+        self._device = devices.of(model)
         self._training, self._chunks = samples.training, len(samples.chunks)
         self._rows = len(samples.chunks[0]["step"])
 
     @abstractmethod
     def read(self, chunk: int) -> Rows:
-        """Returns a chunk's inputs and targets; every tensor has its rows along its first axis."""
+        """Returns a chunk's inputs and targets, on the CPU; every tensor has its rows along its first axis."""
 
     @abstractmethod
     def loss(self, rows: Rows) -> torch.Tensor:
@@ -155,13 +156,14 @@ class Calls(ABC):
             chunk = self.read(number)
             share = size // count + (part < size % count)
             index = torch.randperm(len(next(iter(chunk.values()))), generator=generator)[:share]
-            yield {name: tensor[index] for name, tensor in chunk.items()}
+            yield {name: tensor[index].to(self._device) for name, tensor in chunk.items()}
 
     def error(self) -> float:
         """Returns the relative error over the rows kept apart; over all, where there are too few to keep any."""
         judges = range(self._training, self._chunks) or range(self._training)
         with torch.no_grad():
-            errors = [float(self.loss(self.read(i))) for i in judges]
+            chunks = ({name: t.to(self._device) for name, t in self.read(i).items()} for i in judges)
+            errors = [float(self.loss(chunk)) for chunk in chunks]
         return sum(errors) / len(errors)
 
 
@@ -171,7 +173,7 @@ class BlockCalls(Calls):
     def __init__(
         self, model: nn.Module, family: Family, block: str, samples: Samples, folder: Path, *, hold: int
     ) -> None:
-        super().__init__(samples)
+        super().__init__(model, samples)
         self._block = model.get_submodule(block)
         self._held: list[Rows | Path] = []
         self._leaves: list[Any] = []  # of the last call: what is not batched is the same in all
@@ -181,7 +183,8 @@ class BlockCalls(Calls):
         for number, call in enumerate(_captured(model, family, block, samples)):
             self._leaves, self._spec = pytree.tree_flatten(call)
             rows = len(samples.chunks[number]["step"])
-            tensors = {f"in{i}": leaf.contiguous() for i, leaf in enumerate(self._leaves) if _is_batched(leaf, rows)}
+            leaves = {f"in{i}": leaf for i, leaf in enumerate(self._leaves) if _is_batched(leaf, rows)}
+            tensors = {name: leaf.cpu().contiguous() for name, leaf in leaves.items()}
             tensors["step"] = samples.chunks[number]["step"]
             self._batched = tensors.keys() & (tensors.keys() if self._batched is None else self._batched)
             targets = _read(_target(folder, block, number))
@@ -214,7 +217,7 @@ class ModelCalls(Calls):
     """
 
     def __init__(self, model: nn.Module, family: Family, blocks: Sequence[str], samples: Samples, folder: Path) -> None:
-        super().__init__(samples)
+        super().__init__(model, samples)
         self._samples, self._folder, self._blocks = samples, folder, blocks
         self._modules = {path: model.get_submodule(path) for path in (*blocks, OUTPUT)}
         self._errors: dict[str, torch.Tensor] = {}  # of the last call
@@ -401,7 +404,8 @@ class _Saved:
         for name in ("step", "exp_avg", "exp_avg_sq"):
             for parameter, value in zip(parameters, self._list(name), strict=True):
                 # fused Adam goes through memory: an average lies as its parameter does, which may be transposed
-                like = value if name == "step" else torch.empty_like(parameter).copy_(value)
+                like = torch.empty(()) if name == "step" else parameter
+                like = torch.empty_like(like, device=parameter.device).copy_(value)
                 optimizer.state[parameter][name] = like
         return int(self._state["iteration"])
 

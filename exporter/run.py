@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engines import artifacts, backends
 from engines.artifacts import Artifact, Json, digest_file
 from engines.build import build
 from engines.errors import UserError
 from engines.memory import peak_rss_bytes
 from engines.options import Options
-from exporter import bench, damage, html_report, progress, quantized
+from exporter import bench, damage, devices, html_report, progress, quantized
 from exporter.calibrate import calibrate, request_for
 from exporter.checkpoint import Checkpoint
 from exporter.images import IMAGES, SHOWN
@@ -42,17 +44,19 @@ def run(
     seed: int = 0,
     prompts: Sequence[str] | None = None,
     calibration: Path | None = None,
+    device: torch.device = devices.CPU,
 ) -> Json:
     """Calibrates, quantizes, lowers, builds and validates into `out`; returns the report.
 
     `prompts` are the user's own for calibration; `calibration` is a set to use again, as another recipe's run left it.
+    PyTorch samples and trains on `device`.
     """
     targets = targets_of(backend_names, gpu, dtype, options or Options())
     model = checkpoint.skeleton()
     refuse(checkpoint, recipe, model, plan_layers(model, checkpoint.family, recipe), targets)
     with locked(out):
-        data = _calibration(checkpoint, recipe, out, calibration, seed=seed, prompts=prompts)
-        source = _stage("quantize", quantize, checkpoint, recipe, data, out / "quantized")
+        data = _calibration(checkpoint, recipe, out, calibration, seed=seed, prompts=prompts, device=device)
+        source = _stage("quantize", quantize, checkpoint, recipe, data, out / "quantized", device=device)
         graphs = {
             d: _stage(f"lower {d}", lower, source, out / "graph" / d, dtype=d)
             for d in dict.fromkeys(target.dtype for target in targets)
@@ -68,7 +72,7 @@ def run(
             for t in targets
         }  # fmt: skip
         remove_stale(out, source)
-        return report(checkpoint, Run(source, graphs, engines), out, seed=seed)
+        return report(checkpoint, Run(source, graphs, engines), out, seed=seed, device=device)
 
 
 def _calibration(
@@ -79,6 +83,7 @@ def _calibration(
     *,
     seed: int,
     prompts: Sequence[str] | None,
+    device: torch.device,
 ) -> Artifact:
     wanted: dict[str, Any] = {
         "samples": recipe.calibration.samples,
@@ -87,7 +92,7 @@ def _calibration(
         "prompts": prompts,
     }
     if given is None:
-        return _stage("calibrate", calibrate, checkpoint, out / "calibration", **wanted)
+        return _stage("calibrate", calibrate, checkpoint, out / "calibration", device=device, **wanted)
     request = request_for(checkpoint, **wanted)
     theirs = artifacts.open_artifact(given, "calibration").manifest
     found = artifacts.current(given, request)
@@ -116,7 +121,15 @@ def _stage(title: str, stage: Callable[..., Artifact], *args: Any, **kwargs: Any
     return made
 
 
-def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int, images: int | None = None) -> Json:
+def report(
+    checkpoint: Checkpoint,
+    run: Run,
+    out: Path,
+    *,
+    seed: int,
+    images: int | None = None,
+    device: torch.device = devices.CPU,
+) -> Json:
     """Validates and writes report.json, timings.json and the samples, unless they are there for the same inputs.
 
     report.html, which shows the runs beside it too, is written in any case.
@@ -129,7 +142,7 @@ def report(checkpoint: Checkpoint, run: Run, out: Path, *, seed: int, images: in
         return kept
     _note_replaced(out, images or IMAGES)
     started = time.monotonic()
-    content = validate(checkpoint, run, out, seed=seed, count=images)
+    content = validate(checkpoint, run, out, seed=seed, count=images, device=device)
     content |= {"made_from": made_from, "settings": settings, "samples": digest_file(out / PICTURE)}
     content["shown"] = digest_file(out / SHOWN)
     content["throughput"] = bench.throughput(bench.targets_of(out))

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from engines.runner import Feeds
-from exporter import steps
+from exporter import devices, steps
 from exporter.models import Family
 
 
@@ -48,7 +48,7 @@ def in_chunks(run: Callable[[Any], Mapping[str, Any]], feeds: Mapping[str, Any],
 
 
 class TorchRunner:
-    """Runs a denoiser in `dtype` on the CPU; quantizers that want it are told the feeds' `step`."""
+    """Runs a denoiser in `dtype` where it lies; quantizers that want it are told the feeds' `step`."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class TorchRunner:
         self._types = {spec.name: types[spec.dtype] for spec in family.inputs()}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-        return {n: t.float().numpy() for n, t in self.run_tensors(feeds).items()}
+        return {n: t.float().numpy(force=True) for n, t in self.run_tensors(feeds).items()}
 
     def run_tensors(self, feeds: Any) -> dict[str, torch.Tensor]:
         """Runs numpy arrays or tensors; returns the outputs in this runner's own type."""
@@ -76,9 +76,10 @@ class TorchRunner:
 
     def call(self, feeds: Any) -> torch.Tensor:
         """Runs as `run_tensors` does, and keeps what gradients need."""
-        tensors = {n: torch.as_tensor(v) for n, v in feeds.items() if n != "step"}
+        device = devices.of(self._model)
+        tensors = {n: torch.as_tensor(v, device=device) for n, v in feeds.items()}
+        position = steps.Position(tensors.pop("step")) if "step" in feeds else None
         tensors = {n: t.to(self._types.get(n, t.dtype)) for n, t in tensors.items()}
-        position = steps.Position(torch.as_tensor(feeds["step"])) if "step" in feeds else None
         with steps.at(position), WideSums():
             return self.family.call(self._model, tensors)
 

@@ -18,7 +18,7 @@ from calib_data.store import CalibrationSet
 from calib_data.tensors import load_tensors, save_whole
 from engines.artifacts import Json
 from engines.errors import UserError
-from exporter import progress, reconstruct
+from exporter import devices, progress, reconstruct
 from exporter.attention import quantize_points
 from exporter.models import Family
 from exporter.modules import SteppedLayer, float_layer, put, quantized_layer
@@ -117,6 +117,7 @@ def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, trai
             save_whole(_trained(model, family, scope, plan, start, training), folder / DONE)
             reconstruct.forget_state(folder)
         state = load_tensors(folder / DONE, f"remove it, and the same command trains {scope.name} anew")
+        state = {name: tensor.to(devices.of(model)) for name, tensor in state.items()}
         for path in scope.paths:
             leaves = {name.removeprefix(f"{path}."): t for name, t in state.items() if name.startswith(f"{path}.")}
             specs[path] = replace(plan.specs[path], weight=plan.choices(path)[int(leaves.pop(CHOICE))])

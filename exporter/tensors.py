@@ -115,7 +115,7 @@ def scale_for(range_: torch.Tensor, fmt: Format) -> torch.Tensor:
     Rounding up keeps the range's end representable. Below fp16's smallest normal (6.1e-5) the steps widen, but stay
     exact: the codes are computed with the very scale that ships.
     """
-    return torch.where(range_ > 0, rounded_up(range_.double() / fmt.max_value), torch.ones(()))
+    return torch.where(range_ > 0, rounded_up(range_.double() / fmt.max_value), 1.0)
 
 
 def rounded_up(scale: torch.Tensor) -> torch.Tensor:

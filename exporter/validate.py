@@ -16,7 +16,7 @@ from engines.artifacts import Artifact, Json
 from engines.audit import audit
 from engines.plans import PLAN, read_plan
 from engines.runner import Runner
-from exporter import images, progress, quantized, taps
+from exporter import devices, images, progress, quantized, taps
 from exporter.checkpoint import Checkpoint
 from exporter.checks import checks, is_doubtful, passes, quantization_db
 from exporter.conditions import validation_entries
@@ -37,8 +37,19 @@ LAYER_DB, LAYER_CODES = 60.0, 1e-4
 ENGINE_FACTS = ("decode", "refit", "weight_streaming", "weight_bytes", "resident_weight_bytes")
 
 
-def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0, count: int | None = None) -> Json:
-    """Returns the report's content, without throughput; writes samples.png into `folder`. `count` is of images."""
+def validate(
+    checkpoint: Checkpoint,
+    run: Run,
+    folder: Path,
+    *,
+    seed: int = 0,
+    count: int | None = None,
+    device: torch.device = devices.CPU,
+) -> Json:
+    """Returns the report's content, without throughput; writes samples.png into `folder`. `count` is of images.
+
+    PyTorch samples its images on `device`; what engines are held against layer by layer is computed on the CPU.
+    """
     reference = load_file(run.quantized.file(quantized.REFERENCE))
     layers = list(float_layers(checkpoint.skeleton()))
     floats = _float_outputs(checkpoint, layers, reference)
@@ -51,7 +62,8 @@ def validate(checkpoint: Checkpoint, run: Run, folder: Path, *, seed: int = 0, c
     lowering = [r for name, runner in ours.items() for r in lowering_rows(runner, run.engines[name], reference, rows)]
     lowering = _judged_by_layers(run, lowering, quantization_db(per_step))
     entries = validation_entries(checkpoint, run.quantized.info["entries"])
-    trajectories, scores, bad = images.judge(checkpoint, entries, pytorch, ours, folder, seed, count)
+    devices.place(model, device)
+    trajectories, scores, bad = images.judge(checkpoint, entries, pytorch, ours, folder, seed, count, device)
     failing = {row["backend"] for row in lowering if not passes(row, quantization_db(per_step))}
     origins = [one for name in failing for one in origins_of(run, name, outputs, reference)]
     origins += [_origin_of_nan(run, name, call, pytorch, layers) for name, call in bad.items()]

@@ -11,7 +11,7 @@ from torch import nn
 
 from calib_data.store import CalibrationSet
 from engines.errors import UserError
-from exporter import progress
+from exporter import devices, progress
 from exporter.models import Family
 from exporter.runners import TorchRunner
 
@@ -41,7 +41,7 @@ def watching(
 
     def run(feeds: dict[str, torch.Tensor]) -> None:
         nonlocal now
-        now = feeds["step"]
+        now = feeds["step"].to(devices.of(model))
         runner.run_tensors(feeds)
 
     handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]

@@ -87,7 +87,7 @@ def quantize_weight(
 
 def neighbours(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the values of the format at or below x, and at or above; both are the end where x lies beyond it."""
-    values = fmt.values[fmt.values.isfinite()].unique(sorted=True)  # type: ignore[no-untyped-call]
+    values = fmt.values[fmt.values.isfinite()].unique(sorted=True).to(x.device)  # type: ignore[no-untyped-call]
     below = torch.searchsorted(values, x.contiguous(), right=True).sub_(1).clamp_(min=0)
     low = values[below]
     high = torch.where(low < x, values[(below + 1).clamp(max=len(values) - 1)], low)

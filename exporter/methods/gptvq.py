@@ -56,12 +56,14 @@ def quantize_weight(
     """Without moments, as convolutions in groups have none, every input counts alike and the sweep is k-means."""
     fmt = spec.format
     assert isinstance(fmt, CodebookFormat)
-    hessian = torch.eye(weight.shape[1]) if moments is None else moments.clone()
+    hessian = torch.eye(weight.shape[1], device=weight.device) if moments is None else moments.clone()
     mean = hessian.diagonal().mean()
     hessian.diagonal().add_(options.damp * mean if mean > 0 else 1.0)
     vectors, importance, scale = kmeans.sub_vectors(weight, spec, moments)
     rows = vectors.reshape(weight.shape)
-    outputs = torch.ones(len(rows), 1) if scale is None else scale[:, None]  # an error is as large as its row's scale
+    outputs = (
+        rows.new_ones(len(rows), 1) if scale is None else scale[:, None]
+    )  # an error is as large as its row's scale
     codebook, _ = clustering.kmeans(vectors, fmt.codebook_size, importance, options.iterations)
     factor = inverse_factor(hessian, options.damp)
     for _ in range(options.rounds):
@@ -89,7 +91,7 @@ def sweep(rows: torch.Tensor, codebook: torch.Tensor, factor: torch.Tensor) -> t
     An error weighs by the inverse squares of the factor's diagonal, as in GPTQ, equation 2.
     """
     left, d = rows.clone(), codebook.shape[1]
-    codes = torch.empty(len(rows), rows.shape[1] // d, dtype=torch.long)
+    codes = torch.empty(len(rows), rows.shape[1] // d, dtype=torch.long, device=rows.device)
     for first in range(0, rows.shape[1], d):
         here, after = slice(first, first + d), slice(first + d, None)
         importance = factor.diagonal()[here].square().reciprocal()

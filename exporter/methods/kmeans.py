@@ -92,8 +92,8 @@ def row_scale(weight: torch.Tensor) -> torch.Tensor:
 
 def importance_of(weight: torch.Tensor, scale: torch.Tensor | None, moments: torch.Tensor | None) -> torch.Tensor:
     """Returns what an error of each number of the (scaled) weight costs, [out, n], on average 1."""
-    inputs = torch.ones(weight.shape[1]) if moments is None else moments.clamp(min=0)
+    inputs = weight.new_ones(weight.shape[1]) if moments is None else moments.clamp(min=0)
     inputs = inputs.diagonal() if inputs.ndim == 2 else inputs
     inputs = inputs / inputs.mean() if float(inputs.sum()) > 0 else torch.ones_like(inputs)
-    outputs = torch.ones(len(weight)) if scale is None else scale.square() / scale.square().mean()
+    outputs = weight.new_ones(len(weight)) if scale is None else scale.square() / scale.square().mean()
     return (outputs[:, None] * inputs).clamp(min=1e-6)

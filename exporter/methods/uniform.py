@@ -44,7 +44,7 @@ def quantize_weight(
 ) -> CodebookTensor:
     fmt = spec.format
     assert isinstance(fmt, CodebookFormat)
-    values = evenly_spaced(fmt)
+    values = evenly_spaced(fmt).to(weight.device)
     importance = kmeans.importance_of(weight, None, moments)
     steps = _steps(weight, values, importance, spec.granularity == "channel")
     words = torch.cartesian_prod(*[values] * fmt.vector_size).reshape(fmt.codebook_size, fmt.vector_size)

@@ -105,7 +105,7 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, codebook: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         ratios = logits.softmax(dim=0)
         ctx.save_for_backward(ratios, codebook, candidates)
-        mixed = torch.zeros(len(logits[0]), codebook.shape[1])
+        mixed = codebook.new_zeros(len(logits[0]), codebook.shape[1])
         for share, codes in zip(ratios, candidates, strict=True):
             mixed.addcmul_(share[:, None], F.embedding(codes.int(), codebook))
         return mixed
@@ -177,7 +177,7 @@ class ChoosingLayer(CodebookLayer):
     def codewords(self) -> torch.Tensor:
         """Returns the codewords as they ship, with the gradient of what they are rounded from; [entries, d]."""
         if self.spec.activation:
-            return straight_through(self.words, torch.ones(()), self.spec.activation)
+            return straight_through(self.words, self.words.new_ones(()), self.spec.activation)
         return self.words + (self.words.half().float() - self.words).detach()
 
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:

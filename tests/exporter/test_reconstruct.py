@@ -11,7 +11,7 @@ from torch import nn
 
 from calib_data.store import CalibrationSet
 from engines.errors import UserError
-from exporter import reconstruct
+from exporter import devices, reconstruct
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
 from exporter.reconstruct import BlockCalls, Calls, ModelCalls, Phase, train
@@ -22,7 +22,7 @@ class Held(Calls):
     """Rows in memory; those of the last chunk judge, where there are several."""
 
     def __init__(self, block, *chunks):
-        self.block, self.held = block, chunks
+        self.block, self.held, self._device = block, chunks, devices.CPU
         self._chunks, self._rows, self._training = len(chunks), len(chunks[0]["x"]), max(1, len(chunks) - 1)
 
     def read(self, chunk):

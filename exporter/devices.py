@@ -1,0 +1,48 @@
+"""Where PyTorch computes what takes long: sampling for calibration, searching ranges, training. CPU, or one GPU.
+
+What a run is held against, the reference feeds and outputs, is computed on the CPU whatever the device.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from engines.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def resolve(name: str) -> torch.device:
+    """Returns the device `cpu`, `cuda` or `cuda:N`; one that is not there is a UserError."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise UserError(f"--device {name}: is none", fix="use cpu, cuda, or cuda:N for the GPU of that number")
+    if name == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {name}: PyTorch {torch.__version__} sees no GPU",
+            fix="use cpu, or install a build of PyTorch for CUDA on a machine with an NVIDIA GPU",
+        )
+    number = int(name.partition(":")[2] or 0)
+    if (count := torch.cuda.device_count()) <= number:
+        raise UserError(f"--device {name}: there are {count} GPUs", fix=f"use cuda:0 … cuda:{count - 1}")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in fp32, as matmuls are by default
+    return torch.device("cuda", number)
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Moves a model; diffusers' own .to() would warn of what it may keep in fp32."""
+    nn.Module.to(model, device)
+
+
+def of(model: nn.Module) -> torch.device:
+    """Returns where a model's parameters lie; a bias or an embedding is left even where all weights are codes."""
+    return next((parameter.device for parameter in model.parameters()), CPU)
+
+
+def name(device: torch.device) -> str:
+    """Returns what a record says of a device."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
