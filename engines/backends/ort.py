@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,6 +201,10 @@ def open_session(
     if dump is not None:
         dump_to(options, dump)
     want = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device()]
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if not want.startswith("CPU"):
+        _load_cuda()
+        providers.insert(0, (want, {"use_tf32": "0"}))  # fp32 is fp32: TF32 has 10 bits of mantissa
     try:
         library = native.library()
         if library and want.startswith("CPU") and graph["dtype"] == DTYPE:  # what it has kernels for
@@ -206,7 +212,7 @@ def open_session(
         session = onnxruntime.InferenceSession(
             str(model) if isinstance(model, Path) else model,
             options,
-            providers=[want] if want.startswith("CPU") else [want, "CPUExecutionProvider"],
+            providers=providers,
             disabled_optimizers=disabled_optimizers(graph),
         )
     except Exception as error:
@@ -220,6 +226,15 @@ def open_session(
             fix="install the CUDA libraries this onnxruntime-gpu needs, or hide the GPU (CUDA_VISIBLE_DEVICES=)",
         )
     return session
+
+
+@functools.cache
+def _load_cuda() -> None:
+    """Loads the CUDA libraries that packages of pip hold; what cannot be loaded is told on stderr."""
+    import onnxruntime
+
+    with contextlib.redirect_stdout(sys.stderr):
+        onnxruntime.preload_dlls()
 
 
 def dump_to(options: onnxruntime.SessionOptions, path: Path) -> None:

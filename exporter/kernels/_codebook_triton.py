@@ -1,7 +1,7 @@
 """The Triton kernels of `exporter.kernels.codebook`: y[m, n] = scale[n] · Σ_i x[m, i] · weight[n, i].
 
 x and y are contiguous fp16, [rows, WIDTH · D] and [rows, outputs]; a row of the weight is WIDTH codes, each of which
-stands for D neighbours. Both kernels read codes at their stored width, look codewords up through L1 and sum in fp32.
+stands for D neighbours. Codes are read at their stored width, codewords looked up through L1, and sums are in fp32.
 """
 
 import triton
@@ -38,28 +38,44 @@ def few_rows(
 
 
 @triton.jit
-def many_rows(
-    x, codes, codebook, scale, y, rows, outputs,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, SCALE_STRIDE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Decodes a tile [N, C · D] of the weight a step and multiplies it with M rows on the tensor cores.
+def decode(codes, codebook, dense, count, BITS: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    """Writes the codewords of all `count` codes, N to a program, one after the other: fp16 [count, D]."""
+    position = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    inside = position < count
+    element = tl.arange(0, D)[None, :]
+    words = tl.load(codebook + _code(codes, position, inside, BITS)[:, None] * D + element)
+    tl.store(dense + position[:, None] * D + element, words, mask=inside[:, None])
 
-    Neighbouring programs share rows, since all codes of a layer fit in L2. The tile is the left factor: as the right
-    one, transposed, it does not compile for sm_90 (Triton 3.6).
+
+@triton.jit
+def many_rows(
+    x, dense, scale, y, rows, outputs,
+    INPUTS: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Multiplies M rows with N outputs of a decoded weight [outputs, INPUTS] on the tensor cores.
+
+    Programs that follow each other share rows or outputs, GROUP tiles of rows at a time: what they read stays in L2.
     """
-    n = tl.program_id(0) * N + tl.arange(0, N)
-    row = tl.program_id(1) * M + tl.arange(0, M)
-    x += row[:, None].to(tl.int64) * (WIDTH * D)
-    total = tl.zeros([N, M], tl.float32)
-    for start in range(0, WIDTH, C):
-        k = start + tl.arange(0, C)
-        code = _code(codes, n[:, None] * WIDTH + k[None, :], (n < outputs)[:, None] & (k < WIDTH)[None, :], BITS)
-        weight = tl.load(codebook + code[:, :, None] * D + tl.arange(0, D)[None, None, :])
-        column = start * D + tl.arange(0, C * D)
-        inputs = tl.load(x + column[None, :], mask=(row < rows)[:, None] & (column < WIDTH * D)[None, :], other=0.0)
-        total = tl.dot(tl.reshape(weight, [N, C * D]), tl.trans(inputs), total)
-    _store(y, tl.trans(total), scale, row, n, rows, outputs, SCALE_STRIDE)
+    across, down = tl.cdiv(outputs, N), tl.cdiv(rows, M)
+    program = tl.program_id(0)
+    first = program // (GROUP * across) * GROUP
+    high = min(down - first, GROUP)
+    row = (first + program % (GROUP * across) % high) * M + tl.arange(0, M)
+    n = program % (GROUP * across) // high * N + tl.arange(0, N)
+    # rows and outputs beyond the last are read as others, and not stored
+    x += (row % rows)[:, None].to(tl.int64) * INPUTS
+    dense += (n % outputs)[None, :].to(tl.int64) * INPUTS
+    total = tl.zeros([M, N], tl.float32)
+    for start in range(0, INPUTS, K):
+        k = start + tl.arange(0, K)
+        if INPUTS % K == 0:
+            inputs, weight = tl.load(x + k[None, :]), tl.load(dense + k[:, None])
+        else:
+            inputs = tl.load(x + k[None, :], mask=k[None, :] < INPUTS, other=0.0)
+            weight = tl.load(dense + k[:, None], mask=k[:, None] < INPUTS, other=0.0)
+        total = tl.dot(inputs, weight, total)
+    _store(y, total, scale, row, n, rows, outputs, SCALE_STRIDE)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """A linear layer straight from the codes of its weight: y = x · weightᵀ, in fp16 with sums in fp32, on an NVIDIA GPU.
 
-The weight is never written out: with few rows each program decodes what it multiplies in registers, with many it
-decodes a tile for the tensor cores. Needs torch and, to launch, Triton.
+With few rows the weight is never written out: each program decodes what it multiplies in registers. With many it is
+decoded once, into memory that is free again after the call, and multiplied on the tensor cores: decoded tile by tile
+inside of that product it took 4 to 20 times as long on an H200. Needs torch and, to launch, Triton.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from exporter.formats.codebook import Format
 from exporter.tensors import CodebookTensor, pack, unpack
 
 FEW_ROWS = 16  # up to here decoding costs more than multiplying: the least a tensor core multiplies is 16 rows
+# Of `many_rows`: rows up to which a tile is taken → its rows, outputs and inputs, warps, and stages of its pipeline.
+TILES = {32: (16, 32, 128, 4, 4), 128: (64, 32, 128, 4, 4), 512: (64, 64, 128, 4, 3), math.inf: (128, 128, 64, 8, 3)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def few_rows(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 
 def many_rows(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """Returns x · weightᵀ for fp16 x [..., in] of many rows: tiles of the weight are decoded for the tensor cores."""
+    """Returns x · weightᵀ for fp16 x [..., in] of many rows: the weight is decoded, then multiplied on tensor cores."""
     return _launch("many_rows", x, weight)
 
 
@@ -101,17 +104,16 @@ def disagreement(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> floa
 
 def constants(kernel: str, weight: PackedWeight, rows: int) -> dict[str, int]:
     """Returns what a kernel is compiled for: the weight's layout, tile sizes, warps and pipeline stages."""
-    vector_size = weight.codebook.shape[1]
-    layout = {
-        "WIDTH": weight.width,
-        "BITS": weight.format.bits,
-        "D": vector_size,
-        "SCALE_STRIDE": int(weight.scale is not None and weight.scale.ndim > 0),
-    }
+    codes = {"BITS": weight.format.bits, "D": weight.codebook.shape[1]}
+    stride = {"SCALE_STRIDE": int(weight.scale is not None and weight.scale.ndim > 0)}
+    if kernel == "decode":
+        return codes | {"N": 1024 // codes["D"], "num_warps": 4, "num_stages": 1}
     if kernel == "few_rows":  # a code per thread and output: 1152 outputs make 288 programs, two for each SM of an H100
-        return layout | {"R": _power_of_2(rows), "N": 4, "C": 128, "num_warps": 4, "num_stages": 1}
-    M, N, warps = (128, 128, 8) if rows > 512 else (min(64, _power_of_2(rows)), 64, 4)  # to be measured on a GPU
-    return layout | {"M": max(16, M), "N": N, "C": 64 // vector_size, "num_warps": warps, "num_stages": 3}
+        tile = {"R": _power_of_2(rows), "N": 4, "C": 128, "num_warps": 4, "num_stages": 1}
+        return codes | {"WIDTH": weight.width} | stride | tile
+    M, N, K, warps, stages = next(tile for most, tile in TILES.items() if rows <= most)
+    tile = {"M": M, "N": N, "K": K, "GROUP": 8, "num_warps": warps, "num_stages": stages}
+    return {"INPUTS": weight.shape[1]} | stride | tile
 
 
 def _power_of_2(n: int) -> int:
@@ -126,13 +128,25 @@ def _launch(kernel: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     if not y.numel():
         return y
     flat = x.reshape(-1, inputs).contiguous()
-    options: Any = constants(kernel, weight, len(flat))
-    programs = -(-outputs // options["N"]), -(-len(flat) // options.get("M", len(flat)))
-    arguments = flat, weight.codes, weight.codebook, weight.scale, y, len(flat), outputs
-    launch = getattr(_kernels(x.device), kernel)[programs]
+    kernels = _kernels(x.device)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current GPU
-        launch(*arguments, **options)
+        options: Any = constants(kernel, weight, len(flat))
+        if kernel == "few_rows":
+            arguments = flat, weight.codes, weight.codebook, weight.scale, y, len(flat), outputs
+            kernels.few_rows[-(-outputs // options["N"]),](*arguments, **options)
+        else:
+            programs = -(-outputs // options["N"]) * -(-len(flat) // options["M"])
+            dense = _decoded(kernels, weight)
+            kernels.many_rows[programs,](flat, dense, weight.scale, y, len(flat), outputs, **options)
     return y
+
+
+def _decoded(kernels: ModuleType, weight: PackedWeight) -> torch.Tensor:
+    """Returns the codewords of every code, fp16 [out, in], before the scale."""
+    dense = weight.codebook.new_empty(weight.shape)
+    count, options = weight.shape[0] * weight.width, constants("decode", weight, 0)
+    kernels.decode[-(-count // options["N"]),](weight.codes, weight.codebook, dense, count, **options)
+    return dense
 
 
 def _check(x: torch.Tensor, weight: PackedWeight) -> None:

@@ -35,7 +35,9 @@ class TimestepTable(nn.Module):
         return torch.cat(parts[::-1] if self.sines_last else parts, dim=-1)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TimestepTable:
-        return self  # angles are fp32 in diffusers too, whatever the model computes in
+        moved = fn(self.frequencies)
+        self.frequencies = self.frequencies.to(moved.device)  # angles are fp32 in diffusers, whatever the model is in
+        return self
 
 
 def use_tables(model: nn.Module) -> nn.Module:

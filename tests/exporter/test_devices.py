@@ -22,7 +22,7 @@ MODELS = {"dit": TINY, "unet": FAMILIES["sd"]}
 INT4, INT8 = ({"format": "int", "bits": bits} for bits in (4, 8))
 FP8 = {"format": "fp", "exponent_bits": 4, "mantissa_bits": 3}
 STEPPED = {"format": "int", "bits": 8, "observer": "mse", "granularity": "step"}
-BOOK = {"format": "codebook", "vector_size": 4, "codebook_size": 16, "granularity": "tensor"}
+BOOK = {"format": "codebook", "vector_size": 2, "codebook_size": 16, "granularity": "tensor"}
 SHORT = {"iterations": 20, "batch": 8, "rows": 32}
 RULES = {
     "rtn": {"weight": INT8, "activation": {**INT8, "observer": "percentile"}, "method": {"name": "rtn"}},
@@ -36,7 +36,7 @@ RULES = {
     "dilated by blocks": {
         "weight": INT4, "activation": STEPPED, "method": {"name": "dilatequant", "joint": False, "hold_mb": 0, **SHORT},
     },
-    "uniform codebooks": {"weight": BOOK | {"codebook_size": 256}, "method": {"name": "uniform"}},
+    "uniform codebooks": {"weight": BOOK, "method": {"name": "uniform"}},
     "gptvq": {"weight": BOOK, "method": {"name": "gptvq"}},
     "vq4dit": {"weight": BOOK, "method": {"name": "vq4dit", "codebook_iterations": 10, **SHORT}},
 }  # fmt: skip

@@ -65,8 +65,9 @@ void check_provider(const char* wanted) {
 void add_cuda(OrtSessionOptions* options, const std::string& device) {
   check_provider("CUDAExecutionProvider");
   const auto cuda = make<OrtCUDAProviderOptionsV2>(ort().CreateCUDAProviderOptions, "CUDA", CUDA);
-  const char *key = "device_id", *value = device.c_str();
-  check(ort().UpdateCUDAProviderOptions(cuda.get(), &key, &value, 1), "CUDA device " + device, CUDA);
+  const char* const keys[] = {"device_id", "use_tf32"};
+  const char* const values[] = {device.c_str(), "0"};  // fp32 is fp32: TF32 has 10 bits of mantissa
+  check(ort().UpdateCUDAProviderOptions(cuda.get(), keys, values, 2), "CUDA device " + device, CUDA);
   check(ort().SessionOptionsAppendExecutionProvider_CUDA_V2(options, cuda.get()), "CUDA device " + device, CUDA);
 }
 

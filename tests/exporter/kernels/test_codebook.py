@@ -20,6 +20,9 @@ from exporter.kernels import codebook
 from exporter.kernels.codebook import PackedWeight
 from exporter.tensors import CodebookTensor
 
+POINTERS = {"x": "*fp16", "codes": "*u8", "codebook": "*fp16", "dense": "*fp16", "scale": "*fp32", "y": "*fp16"}
+READS = {"few_rows": ("x", "codes", "codebook", "scale", "y"), "many_rows": ("x", "dense", "scale", "y")}
+READS |= {"decode": ("codes", "codebook", "dense")}
 TILE = re.compile(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)")
 TRITON_RUNS_HERE = pytest.mark.skipif(sys.platform != "linux", reason="Triton is published for Linux only")
 
@@ -116,8 +119,9 @@ class TestAheadOfTime:
             weight = PackedWeight(torch.empty(0), table, torch.empty(1152), (1152, 1152))
             constants = codebook.constants(kernel, weight, rows)
             options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-            pointers = {"x": "*fp16", "codes": "*u8", "codebook": "*fp16", "scale": "*fp32", "y": "*fp16"}
-            signature = pointers | {"rows": "i32", "outputs": "i32"} | dict.fromkeys(constants, "constexpr")
+            pointers = {name: POINTERS[name] for name in READS[kernel]}
+            sizes = {"count": "i32"} if kernel == "decode" else {"rows": "i32", "outputs": "i32"}
+            signature = pointers | sizes | dict.fromkeys(constants, "constexpr")
             aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
             source = ASTSource(getattr(_codebook_triton, kernel), signature, constants, aligned)
             with triton.knobs.cache.scope():
@@ -149,15 +153,20 @@ class TestAheadOfTime:
         assert "bar.sync" not in loop
         assert "mma" not in loop.replace("fma", "")
 
-    @pytest.mark.parametrize(
-        ("rows", "entries", "vector_size"), [(256, 256, 4), (2048, 256, 4), (2048, 64, 2), (2048, 16, 1)]
-    )
-    def test_many_rows_multiply_on_tensor_cores(self, compiled, rows, entries, vector_size):
-        gpu, ptx, (registers, *spilled) = compiled("many_rows", rows, entries, vector_size)
+    @pytest.mark.parametrize(("entries", "vector_size"), [(256, 4), (64, 2), (16, 1), (16, 16)])
+    def test_decoding_reads_stored_codes_once(self, compiled, entries, vector_size):
+        _, ptx, (_, *spilled) = compiled("decode", 0, entries, vector_size)
+        assert spilled == [0, 0]
+        assert loops(ptx) == []
+
+    @pytest.mark.parametrize("rows", [17, 100, 256, 2048])
+    def test_many_rows_multiply_on_tensor_cores(self, compiled, rows):
+        gpu, ptx, (registers, *spilled) = compiled("many_rows", rows, 256, 4)
         assert spilled == [0, 0]
         assert registers <= 255
-        instruction = "wgmma.mma_async" if gpu == 90 else "mma.sync"
+        instruction = "wgmma.mma_async" if gpu == 90 and rows > 32 else "mma.sync"  # wgmma multiplies 64 rows
         assert re.search(rf"{re.escape(instruction)}\S*\.f32\.f16\.f16", ptx)  # fp16 factors, fp32 sums
+        assert "cp.async" in ptx  # what is multiplied next is on its way
 
 
 def loops(ptx: str) -> list[str]:
