@@ -16,6 +16,7 @@ import numpy as np
 from engines import artifacts, backends
 from engines.artifacts import Json
 from engines.errors import UserError
+from engines.loading import why_not
 from engines.memory import peak_rss_bytes
 from engines.runner import Feeds, Runner
 from engines.schedule import with_steps
@@ -60,14 +61,14 @@ def targets_of(folder: Path) -> dict[str, str]:
         targets = {"float": f"float:{folder}", "quantized": f"quantized:{folder}"}
         engines = [path.parent for path in sorted(folder.glob(f"engines/*/{artifacts.MANIFEST}"))]
         ours = [path for path in engines if path.name in backends.names()]  # as `validate` finds them
-        runnable = [path for path in ours if backends.load(path.name).cannot_run() is None]
+        runnable = [path for path in ours if why_not(artifacts.open_artifact(path, "engine")) is None]
         return targets | {path.name: f"engine:{path}" for path in runnable}
     kind = artifacts.kind_of(folder)
     if kind == "graph":
         return {"ort": f"graph:{folder}"}
     if kind == "engine":
-        backend = str(artifacts.open_artifact(folder, "engine").info["backend"])
-        if reason := backends.load(backend).cannot_run():
+        backend = str((engine := artifacts.open_artifact(folder, "engine")).info["backend"])
+        if reason := why_not(engine):
             raise UserError(f"{folder}: {backend} cannot run here: {reason}", fix="run it on a machine that has one")
         return {backend: f"engine:{folder}"}
     raise UserError(f"{folder}: an artifact of kind {kind} cannot be timed", fix="give a RUN, GRAPH or ENGINE folder")
@@ -92,13 +93,14 @@ def open_target(target: str, threads: int) -> tuple[Runner, Json]:
 def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, Json]:
     import torch
 
-    from exporter import quantized
+    from exporter import devices, quantized
     from exporter.runners import TorchRunner
 
     torch.set_num_threads(threads)
     source = artifacts.open_artifact(folder / "quantized", "quantized")
     checkpoint = quantized.checkpoint_of(source)
     model = checkpoint.load() if kind == "float" else quantized.load(source)
+    devices.place(model, devices.resolve("cuda") if torch.cuda.is_available() else devices.CPU)  # as engines are
     family = checkpoint.family
     inputs = [
         {"name": s.name, "dtype": "fp32" if s.dtype == "float" else s.dtype, "shape": list(s.shape)}

@@ -11,6 +11,7 @@ from engines.artifacts import Request
 from exporter.baseline import Measured, Speed
 
 SPREAD_DB = 3.4  # of one image's PSNR about the mean, in digits-dit's recipe fp8
+ENGINE = {"backend": "ort", "gpu": None}
 DIGESTS = {"model": "a" * 64, "recipe": "b" * 64, "quantized": "c" * 64, "engine ort": "d" * 64}
 
 
@@ -45,7 +46,7 @@ def made_run(
     info = {"sampler": {}, "entries": ["0", "1"]}
     quantized = made(folder / "quantized", "quantized", made_from, info, f"{model}{source}{lost_db}")
     graph = made(folder / "graph" / "fp32", "graph", {"quantized": quantized.digest}, {}, "graph")
-    engine = made(folder / "engines" / "ort", "engine", {"graph": graph.digest}, {}, "engine")
+    engine = made(folder / "engines" / "ort", "engine", {"graph": graph.digest}, ENGINE, "engine")
     report = a_report(recipe, source, seed, scores(images, seed=seed, lost_db=lost_db), ms)
     report["made_from"] = {"quantized": quantized.digest, "engine ort": engine.digest}
     artifacts.write_json(folder / "report.json", report | more)

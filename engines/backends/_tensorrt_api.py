@@ -56,6 +56,9 @@ class Library(Protocol):
     def context(self, trt: Any, engine: Any, shared: dict[str, Any], cuda_graphs: bool) -> Any:
         """Returns a new execution context; contexts of one engine are given the same `shared`."""
 
+    def unsupported(self, gpu: str) -> str | None:
+        """Returns why no engine runs on a GPU, where the library leaves out its whole kind."""
+
     def refusal(self, trt: Any, runtime: Any, plan: bytes) -> str | None:
         """Returns why a plan does not suit this machine, where the library can tell before it loads it."""
 
@@ -119,6 +122,9 @@ class TensorRt:
     def context(self, trt: Any, engine: Any, shared: dict[str, Any], cuda_graphs: bool) -> Any:
         return engine.create_execution_context()
 
+    def unsupported(self, gpu: str) -> str | None:
+        return None
+
     def refusal(self, trt: Any, runtime: Any, plan: bytes) -> str | None:
         return None
 
@@ -164,6 +170,13 @@ class TensorRtRtx:
             shared["cache"] = config.create_runtime_cache()
         config.set_runtime_cache(shared["cache"])
         return engine.create_execution_context(config)
+
+    def unsupported(self, gpu: str) -> str | None:
+        """Hopper and the data centre's Blackwell are left out. Source: its refusal on an H200, docs/gpu.md."""
+        known = self.targets()
+        if gpu in known or int(gpu[2:]) > max(int(target[2:]) for target in known):  # newer ones take portable engines
+            return None
+        return f"TensorRT-RTX runs on no {gpu} GPU, only on {', '.join(known)} and newer: take --backend trt there"
 
     def refusal(self, trt: Any, runtime: Any, plan: bytes) -> str | None:
         validity, diagnostics = runtime.get_engine_validity(plan)

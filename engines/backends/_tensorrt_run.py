@@ -31,13 +31,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def cannot_run(library: Library) -> str | None:
     """Returns why engines of a library cannot run on this machine, or None."""
-    if gpus.detect() is None:
+    here = gpus.detect()
+    if here is None:
         return "no NVIDIA GPU on this machine"
     try:
         library.module()
     except UserError as error:
         return f"{error.what}: {error.fix}"
-    return _cuda.missing()
+    return library.unsupported(here) or _cuda.missing()
 
 
 def open_runner(library: Library, engine: Artifact) -> TensorRtRunner:

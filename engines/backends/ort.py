@@ -90,6 +90,9 @@ def multiplied(row: PlanRow) -> str | None:
 def explain(op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None]) -> str | None:
     """Returns what ONNX Runtime has no kernel for; the numbers are those asked for all the same."""
     in_float = got["activation"] in FLOATS and got["weight"] == asked["weight"]  # nothing excuses an expanded weight
+    on_cuda = device() == "cuda" and got["activation"] in FLOATS and got["weight"] in (asked["weight"], "int8")
+    if asked["activation"] == "int8" and on_cuda:
+        return "CUDA: no INT8 kernels for Q/DQ: INT8 values, multiplied in float"
     if asked["activation"] == "fp8" and in_float:
         return "no FP8 kernels: FP8 values, multiplied in float"
     if asked["activation"] == "int8" and in_float and op == "convolution":

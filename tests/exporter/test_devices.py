@@ -114,8 +114,9 @@ def test_a_gpu_comes_to_what_the_cpu_comes_to(name, model, tmp_path):
         for where in ("cpu", "cuda")
     }
     assert made["cuda"].info["layers"] == made["cpu"].info["layers"]
-    # ties of a search fall otherwise, and training goes on from there: outputs are as near, codes need not be the same
-    assert abs(error_db(made["cuda"]) - error_db(made["cpu"])) < 0.5
+    # ties of a search fall otherwise, and twenty iterations, or what is kept of them, differ by a decibel from there
+    trains = "iterations" in RULES[name]["method"]
+    assert abs(error_db(made["cuda"]) - error_db(made["cpu"])) < (2.0 if trains else 0.5)
 
 
 @on_a_gpu

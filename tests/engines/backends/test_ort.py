@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
@@ -135,3 +137,37 @@ def test_a_value_out_of_the_models_range_is_told_in_one_line(capfd):
         assert "\n" not in caught.value.what
         assert "check the values fed" in caught.value.fix
     assert capfd.readouterr().err == ""
+
+
+class TestOnAGpu:
+    """What is asked of ONNX Runtime where there is a GPU; no test runs on one."""
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch):
+        monkeypatch.setattr(ort, "device", lambda: "cuda")
+
+    def test_fp32_is_not_tf32_and_cuda_is_loaded_first(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(ort, "_load_cuda", lambda: asked.append("loaded"))
+        monkeypatch.setattr(
+            "onnxruntime.InferenceSession",
+            lambda *_, providers, **__: asked.append(providers) or SimpleNamespace(get_providers=lambda: ["none"]),
+        )
+        with pytest.raises(UserError, match="did not get CUDAExecutionProvider"):
+            ort.open_session(b"", {"layers": {}, "points": {}, "dtype": "fp32"})
+        assert asked == ["loaded", [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]]
+
+    @pytest.mark.parametrize(
+        ("asked", "got", "excused"),
+        [
+            (("int8", "int8"), ("int8", "fp32"), True),
+            (("int4", "int8"), ("int8", "fp32"), True),
+            (("int8", "int8"), ("fp32", "fp32"), False),  # the weight takes four times its memory
+            (("int8", "int8"), ("int8", "fp16"), True),
+        ],
+    )
+    def test_what_is_multiplied_in_float_there_is_said(self, asked, got, excused):
+        pairs = (dict(zip(("weight", "activation"), one, strict=True)) for one in (asked, got))
+        reason = ort.explain("matmul", *pairs)
+        assert (reason is not None) == excused
+        assert not excused or "CUDA" in reason

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fake_gpu import GRAPH, FakeCuda, at, fake_tensorrt
 
-from engines.backends import _cuda, _tensorrt_run, trt
+from engines.backends import _cuda, _tensorrt_run, trt, trt_rtx
 from engines.backends._cuda import Cuda
 from engines.backends._tensorrt_api import RTX, TRT
 from engines.backends._tensorrt_run import SHAPES, TensorRtRunner
@@ -364,6 +364,15 @@ def test_weights_are_exchanged_and_calls_are_captured_anew(opened, runtime, monk
     with pytest.raises(UserError, match="weights are fixed") as raised:
         runner.refit(tmp_path / "model.onnx")
     assert "--refit" in raised.value.fix
+
+
+@pytest.mark.parametrize(("gpu", "runs"), [("sm89", True), ("sm90", False), ("sm100", False), ("sm130", True)])
+def test_a_gpu_that_the_library_leaves_out_is_named(gpu, runs, monkeypatch):
+    monkeypatch.setattr(_tensorrt_run.gpus, "detect", lambda: gpu)
+    monkeypatch.setattr(_cuda, "missing", lambda: None)
+    reason = trt_rtx.cannot_run()
+    assert (reason is None) == runs
+    assert runs or f"runs on no {gpu} GPU" in reason
 
 
 def test_why_engines_cannot_run_here_is_said(monkeypatch):
