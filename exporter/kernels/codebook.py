@@ -2,7 +2,7 @@
 
 With few rows the weight is never written out: each program decodes what it multiplies in registers. With many it is
 decoded once, into memory that is free again after the call, and multiplied on the tensor cores: decoded tile by tile
-inside of that product it took 4 to 20 times as long on an H200. Needs torch and, to launch, Triton.
+inside of that product it took 4 to 13 times as long on an H200 (docs/gpu.md). Needs torch and, to launch, Triton.
 """
 
 from __future__ import annotations
