@@ -43,7 +43,7 @@ def calibrate(
     request = request_for(checkpoint, samples=samples, seed=seed, record_steps=record_steps, prompts=prompts)
     if (made := artifacts.current(out, request)) is not None:
         return made
-    with artifacts.drafting(out, request, resumable=True) as draft:
+    with artifacts.drafting(out, request, resumable=True) as draft, devices.memory():
         conditions = Conditions(checkpoint, entries)
         conditions.read(range(samples))
         devices.place(model := checkpoint.load(), device)

@@ -5,7 +5,9 @@ What a run is held against, the reference feeds and outputs, is computed on the 
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -41,6 +43,19 @@ def place(model: nn.Module, device: torch.device) -> None:
 def of(model: nn.Module) -> torch.device:
     """Returns where a model's parameters lie; a bias or an embedding is left even where all weights are codes."""
     return next((parameter.device for parameter in model.parameters()), CPU)
+
+
+@contextlib.contextmanager
+def memory() -> Iterator[None]:
+    """Turns a GPU whose memory is full into a UserError; what a resumable stage has finished is kept."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full: {str(error).partition(' If reserved')[0]}",
+            fix="free what other programs hold, lower the method's `batch` in the recipe, or leave out --device",
+            keeps=True,
+        ) from error
 
 
 def name(device: torch.device) -> str:

@@ -147,9 +147,9 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLayer:
         # .half() and .double() convert every floating-point buffer, and float8 counts as one: codes are not numbers.
-        codes = {n: self._buffers[n] for n in ("weight_codes", *ZERO_POINTS) if n in self._buffers}
+        codes = {n: self.get_buffer(n) for n in ("weight_codes", *ZERO_POINTS) if n in self._buffers}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers |= {name: value.to(self._buffers[name].device) for name, value in codes.items()}
+        self._buffers |= {name: value.to(self.get_buffer(name).device) for name, value in codes.items()}
         return self
 
     def extra_repr(self) -> str:

@@ -63,7 +63,7 @@ def quantize(
         return made
     trains = any(rule.method and methods.load(rule.method.name).TRAINS for rule in recipe.rules)
     _check_recorded_for(checkpoint, calibration)
-    with artifacts.drafting(out, request, resumable=trains) as draft:
+    with artifacts.drafting(out, request, resumable=trains) as draft, devices.memory():
         data, family = CalibrationSet(calibration), checkpoint.family
         model = checkpoint.load()
         reference = _feeds(data)

@@ -142,7 +142,8 @@ def report(
         return kept
     _note_replaced(out, images or IMAGES)
     started = time.monotonic()
-    content = validate(checkpoint, run, out, seed=seed, count=images, device=device)
+    with devices.memory():
+        content = validate(checkpoint, run, out, seed=seed, count=images, device=device)
     content |= {"made_from": made_from, "settings": settings, "samples": digest_file(out / PICTURE)}
     content["shown"] = digest_file(out / SHOWN)
     content["throughput"] = bench.throughput(bench.targets_of(out))

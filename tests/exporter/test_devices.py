@@ -17,6 +17,7 @@ from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
 from exporter.metrics import sqnr_db
 from exporter.quantize import quantize, reference_steps
+from exporter.runners import TorchRunner
 
 MODELS = {"dit": TINY, "unet": FAMILIES["sd"]}
 INT4, INT8 = ({"format": "int", "bits": bits} for bits in (4, 8))
@@ -63,6 +64,25 @@ def test_a_gpu_of_a_number_that_is_not_there_is_refused(monkeypatch):
     assert devices.resolve("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(UserError, match="there are 2 GPUs"):
         devices.resolve("cuda:2")
+
+
+def test_a_gpu_whose_memory_is_full_is_told_and_what_was_recorded_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    checkpoint, calls = open_checkpoint(f"random:{tmp_path}", steps=2), []
+
+    def run(self, feeds):
+        calls.append(feeds)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. If reserved but …")
+        return original(self, feeds)
+
+    original = TorchRunner.run
+    with monkeypatch.context() as context:
+        context.setattr(TorchRunner, "run", run)
+        with pytest.raises(UserError, match=r"memory is full: CUDA out of memory\. Tried to allocate 20\.00 MiB\.\n"):
+            calibrate(checkpoint, tmp_path / "set", samples=32)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1  # of two batches, the first
+    assert calibrate(checkpoint, tmp_path / "set", samples=32).info["samples"] == 32
 
 
 def test_the_record_says_where_it_was_computed(tmp_path):
