@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,16 +55,25 @@ def audit(engine: Artifact) -> list[AuditRow]:
             f"{engine.path}: is of an earlier version, which did not say what its graph multiplies",
             fix="lower and build it again",
         )
-    return rows_of(read_plan(engine), graph, backends.load(engine.info["backend"]), engine.info["decode"])
+    versions = engine.info.get("versions") or engine.manifest["versions"]  # a bundle's engine, or a folder's
+    backend = backends.load(engine.info["backend"])
+    return rows_of(read_plan(engine), graph, backend, engine.info["decode"], versions)
 
 
-def rows_of(plan: Sequence[PlanRow], graph: Json, backend: Any, decode: str | None = None) -> list[AuditRow]:
+def rows_of(
+    plan: Sequence[PlanRow],
+    graph: Json,
+    backend: Any,
+    decode: str | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> list[AuditRow]:
     """Audits a plan against its graph's manifest; `backend` says what a row multiplies in, and why it may.
 
     `decode` is how codebooks were asked to be decoded: by "load" they are dense in an opened engine, on purpose.
     """
     book = _Book(plan, graph["multiplications"], backend)
-    return [_row(entry, book, graph, backend, decode) for entry in graph["multiplications"]]
+    judge = functools.partial(_judged, graph=graph, backend=backend, versions=versions or {})
+    return [_row(entry, book, graph, judge, decode) for entry in graph["multiplications"]]
 
 
 class _Book:
@@ -123,7 +133,7 @@ class _Book:
         return [node for node in nodes if node in self.nodes]
 
 
-def _row(entry: Json, book: _Book, graph: Json, backend: Any, decode: str | None) -> AuditRow:
+def _row(entry: Json, book: _Book, graph: Json, judge: Callable[..., Any], decode: str | None) -> AuditRow:
     kernels = book.kernels(entry)
     decoders = book.decoders(entry, kernels)
     asked = _asked(entry, graph)
@@ -131,10 +141,10 @@ def _row(entry: Json, book: _Book, graph: Json, backend: Any, decode: str | None
     apart = book.computed(node for pair in entry["quantizers"] if pair for node in pair)
     in_float = got["activation"] in FLOATS
     unquantized = asked["activation"] not in FLOATS and (None in entry["quantizers"] or (in_float and not apart))
-    status, reason = _judged(entry, asked, got, graph, backend)
+    status, reason = judge(entry, asked, got)
     if decode == "load" and status == OTHER and any("Codebook" in node for node in entry["decoders"]):
         dense = asked | {"weight": got["weight"]}  # judged by what it multiplies alone
-        status, reason = _judged(entry, dense, got, graph, backend)
+        status, reason = judge(entry, dense, got)
         status, reason = (
             (EXPLAINED, "decoded when opened, by --decode load") if status == AS_ASKED else (status, reason)
         )
@@ -192,13 +202,19 @@ def _serves(asked: str | None, got: str) -> bool:
 
 
 def _judged(
-    entry: Json, asked: Mapping[str, str | None], got: Mapping[str, str | None], graph: Json, backend: Any
+    entry: Json,
+    asked: Mapping[str, str | None],
+    got: Mapping[str, str | None],
+    *,
+    graph: Json,
+    backend: Any,
+    versions: Mapping[str, str],
 ) -> tuple[str, str | None]:
     """Returns a row's status, and the reason of one that is not as asked."""
     weight = asked["weight"] is None or asked["weight"] == got["weight"]
     if got["activation"] and _serves(asked["activation"], got["activation"]) and weight:
         return AS_ASKED, None
-    if reason := backend.explain(entry["op"], asked, got):
+    if reason := backend.explain(entry["op"], asked, got, versions):
         return EXPLAINED, reason
     if graph["allowed"].get(entry["layer"]) == "float" and got["activation"] in FLOATS and weight:
         return ALLOWED, 'allow = "float" in the recipe'

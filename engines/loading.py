@@ -167,17 +167,31 @@ def _check_agree(name: str | Path, engine: Artifact, backend: str | None) -> Non
         )
 
 
-def why_not(engine: Artifact) -> str | None:
-    """Returns why an engine cannot run on this machine, None if it can."""
+def elsewhere(engine: Artifact) -> str | None:
+    """Returns why an engine is for other machines than this one, None if it is for such as this."""
     info = engine.info
     if info["backend"] not in backends.names():
         return f"this version has no backend {info['backend']!r}"
     module, here = backends.load(info["backend"]), gpu.detect()
-    if info["gpu"] is not None and here not in (None, info["gpu"]):
+    if info["gpu"] is not None and here not in (None, info["gpu"]) and here in _targets(info["backend"]):
         return f"it was built for {info['gpu']}, and this GPU is {here}"
-    if (reason := module.cannot_run()) is not None or info["gpu"] is None:
+    return module.cannot_run()
+
+
+def _targets(backend: str) -> list[str | None]:
+    """Returns the GPUs that a backend can be built for; where it cannot say, this one."""
+    try:
+        return [*backends.load(backend).targets()]
+    except UserError:
+        return [gpu.detect()]
+
+
+def why_not(engine: Artifact) -> str | None:
+    """Returns why an engine cannot run here, None if it can; its info must hold the versions it was built under."""
+    info = engine.info
+    if (reason := elsewhere(engine)) is not None or info["gpu"] is None:
         return reason
-    ours, theirs = module.fingerprint(), info["versions"]
+    ours, theirs = backends.load(info["backend"]).fingerprint(), info["versions"]
     other = [
         f"{name} {theirs.get(name)}, here is {version}" for name, version in ours.items() if theirs.get(name) != version
     ]
@@ -186,7 +200,7 @@ def why_not(engine: Artifact) -> str | None:
 
 def _fix(bundle: Bundle, backend: str) -> str:
     here = gpu.detect()
-    if backend != "ort" and here is None:
+    if backend != "ort" and (here is None or here not in _targets(backend)):
         others = [entry["backend"] for entry in bundle.info["engines"].values() if entry["backend"] == "ort"]
         return "ask for the backend ort" if others else _rebuild(bundle, "ort", None)
     return _rebuild(bundle, backend, here)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import artifacts
+from engines import gpu as gpus
 from engines.artifacts import Artifact, Json
 from engines.errors import UserError
 from exporter.run_folder import REPORT, Run
@@ -110,7 +111,10 @@ def scores_of(images: Json) -> dict[str, list[float]]:
 
 
 def _speeds(rows: Sequence[Json], engines: set[str]) -> dict[str, Speed]:
-    """Returns the speeds of engines and of the quantized PyTorch model, against the float one's at the same batch."""
+    """Returns the speeds of engines and of the quantized PyTorch model, against the float one's at the same batch.
+
+    What ran on another device than the float model is left out: it says nothing of the engine.
+    """
     base = {row["batch"]: row for row in rows if row["runner"] == "float"}
     return {
         f"{row['runner']} batch {row['batch']}": Speed(
@@ -118,7 +122,9 @@ def _speeds(rows: Sequence[Json], engines: set[str]) -> dict[str, Speed]:
             (_spread(base[row["batch"]]), _spread(row)),
         )
         for row in rows
-        if row["runner"] in engines | {"quantized"} and row["batch"] in base
+        if row["runner"] in engines | {"quantized"}
+        and row["batch"] in base
+        and row.get("device") == base[row["batch"]].get("device")
     }
 
 
@@ -131,7 +137,8 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor() or platform.machine()])[0]}, {cpu_count()} cores"
+    found = f"{(names or [platform.processor() or platform.machine()])[0]}, {cpu_count()} cores"
+    return f"{found}, {gpu}" if (gpu := gpus.detect()) else found
 
 
 def changes(old: Measured, new: Measured) -> list[str]:

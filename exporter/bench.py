@@ -15,8 +15,9 @@ import numpy as np
 
 from engines import artifacts, backends
 from engines.artifacts import Json
+from engines.backends import ort
 from engines.errors import UserError
-from engines.loading import why_not
+from engines.loading import elsewhere
 from engines.memory import peak_rss_bytes
 from engines.runner import Feeds, Runner
 from engines.schedule import with_steps
@@ -30,20 +31,27 @@ BATCHES = (8, 1)  # with guidance a batch of 8 is 4 images; 1 is the latency of 
 
 
 def throughput(targets: Mapping[str, str], batches: Sequence[int] = BATCHES, threads: int | None = None) -> list[Json]:
-    """Times runners (name → target, as `open_target` takes it) with warm-up; returns a row per runner and batch."""
+    """Times runners (name → target, as `open_target` takes it) with warm-up; returns a row per runner and batch.
+
+    PyTorch is timed where the engines beside it run, on the GPU if any does; what does not fit there has no row.
+    """
     threads = threads or os.cpu_count() or 1
-    workers = {name: _Worker(target, threads) for name, target in targets.items()}
+    where = "cuda" if any(_place(target) == "cuda" for target in targets.values()) else "cpu"
+    workers = {name: _Worker(target, threads, where) for name, target in targets.items()}
     rows = []
     try:
         for batch in batches:
+            for name in [name for name, worker in workers.items() if not worker.fits(batch)]:
+                progress.note(f"note: {name} is not timed at batch {batch}: the GPU's memory is full")
+                workers.pop(name).stop()
             times: dict[str, list[float]] = {name: [] for name in workers}
-            for worker in workers.values():
-                worker.ask(batch, WARM_UP)
             for _ in progress.track(range(ROUNDS), ROUNDS, f"timing, batch {batch}"):
                 for name, worker in workers.items():
                     times[name] += worker.ask(batch, 0)["ms"]
             for name, worker in workers.items():
-                rows.append(_row(name, batch, times[name], worker.ask(batch, 1)["peak_rss_bytes"]))
+                last = worker.ask(batch, 1)
+                row = _row(name, batch, times[name], last["peak_rss_bytes"])
+                rows.append(row | {"device": last["device"]})
     finally:
         for worker in workers.values():
             worker.stop()
@@ -61,36 +69,46 @@ def targets_of(folder: Path) -> dict[str, str]:
         targets = {"float": f"float:{folder}", "quantized": f"quantized:{folder}"}
         engines = [path.parent for path in sorted(folder.glob(f"engines/*/{artifacts.MANIFEST}"))]
         ours = [path for path in engines if path.name in backends.names()]  # as `validate` finds them
-        runnable = [path for path in ours if why_not(artifacts.open_artifact(path, "engine")) is None]
+        runnable = [path for path in ours if elsewhere(artifacts.open_artifact(path, "engine")) is None]
         return targets | {path.name: f"engine:{path}" for path in runnable}
     kind = artifacts.kind_of(folder)
     if kind == "graph":
         return {"ort": f"graph:{folder}"}
     if kind == "engine":
         backend = str((engine := artifacts.open_artifact(folder, "engine")).info["backend"])
-        if reason := why_not(engine):
+        if reason := elsewhere(engine):
             raise UserError(f"{folder}: {backend} cannot run here: {reason}", fix="run it on a machine that has one")
         return {backend: f"engine:{folder}"}
     raise UserError(f"{folder}: an artifact of kind {kind} cannot be timed", fix="give a RUN, GRAPH or ENGINE folder")
 
 
-def open_target(target: str, threads: int) -> tuple[Runner, Json]:
-    """Opens `float:RUN`, `quantized:RUN`, `graph:DIR` or `engine:DIR`; returns the runner, and its inputs and axes."""
+def _place(target: str) -> str:
+    """Returns where a target runs: `cuda` or `cpu`, which PyTorch's models leave to what is beside them."""
+    kind, _, path = target.partition(":")
+    if kind not in ("graph", "engine"):
+        return "cpu"
+    backend = "ort" if kind == "graph" else artifacts.open_artifact(Path(path), "engine").info["backend"]
+    return ort.device() if backend == "ort" else "cuda"
+
+
+def open_target(target: str, threads: int, where: str = "cpu") -> tuple[Runner, Json]:
+    """Opens `float:RUN`, `quantized:RUN`, `graph:DIR` or `engine:DIR`; returns the runner, and its inputs and axes.
+
+    PyTorch's models lie on the device `where`.
+    """
     kind, _, path = target.partition(":")
     folder = Path(path)
     if kind == "engine":
         engine = artifacts.open_artifact(folder, "engine")
         return backends.open_runner(engine, threads), engine.info["graph"]
     if kind == "graph":
-        from engines.backends import ort
-
         graph = artifacts.open_artifact(folder, "graph")
         runner = ort.OrtRunner(ort.open_session(graph.file("model.onnx"), graph.info, threads=threads))
         return with_steps(runner, graph.info, graph), graph.info
-    return _torch_target(kind, folder, threads)
+    return _torch_target(kind, folder, threads, where)
 
 
-def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, Json]:
+def _torch_target(kind: str, folder: Path, threads: int, where: str) -> tuple[Runner, Json]:
     import torch
 
     from exporter import devices, quantized
@@ -100,7 +118,7 @@ def _torch_target(kind: str, folder: Path, threads: int) -> tuple[Runner, Json]:
     source = artifacts.open_artifact(folder / "quantized", "quantized")
     checkpoint = quantized.checkpoint_of(source)
     model = checkpoint.load() if kind == "float" else quantized.load(source)
-    devices.place(model, devices.resolve("cuda") if torch.cuda.is_available() else devices.CPU)  # as engines are
+    devices.place(model, devices.resolve(where))
     family = checkpoint.family
     inputs = [
         {"name": s.name, "dtype": "fp32" if s.dtype == "float" else s.dtype, "shape": list(s.shape)}
@@ -133,9 +151,9 @@ def random_feeds(graph: Json, batch: int) -> dict[str, Any]:
 class _Worker:
     """A process that holds one runner and times it when asked to."""
 
-    def __init__(self, target: str, threads: int) -> None:
+    def __init__(self, target: str, threads: int, where: str) -> None:
         self._target = target
-        command = [sys.executable, "-m", "exporter.bench", target, str(threads)]
+        command = [sys.executable, "-m", "exporter.bench", target, str(threads), where]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )  # a session of its own: Ctrl-C is the parent's to handle, and the end of stdin ends the worker
@@ -153,6 +171,10 @@ class _Worker:
             raise UserError(found["fault"], fix=found["fix"])
         return found
 
+    def fits(self, batch: int) -> bool:
+        """Warms up at a batch; returns whether the device's memory takes it."""
+        return "full" not in self.ask(batch, WARM_UP)
+
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -167,18 +189,30 @@ def _times(runner: Runner, feeds: Feeds, calls: int) -> list[float]:
     return times
 
 
-def _worker(target: str, threads: str) -> None:
+def _worker(target: str, threads: str, where: str) -> None:
+    device = _place(target) if target.partition(":")[0] in ("graph", "engine") else _torch_place(where)
     try:
-        _serve(*open_target(target, int(threads)))
+        _serve(*open_target(target, int(threads), device), device)
     except UserError as error:
         print(json.dumps({"fault": error.what, "fix": error.fix}), flush=True)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every target
+            raise
+        print(json.dumps({"full": str(error)}), flush=True)
 
 
-def _serve(runner: Runner, graph: Json) -> None:
+def _torch_place(where: str) -> str:
+    """Returns `where`, or the CPU where this build of PyTorch is for CPUs alone."""
+    import torch
+
+    return where if torch.cuda.is_available() else "cpu"
+
+
+def _serve(runner: Runner, graph: Json, device: str) -> None:
     for line in sys.stdin:
         batch, calls = map(int, line.split())
         times = _times(runner, random_feeds(graph, batch), calls)
-        print(json.dumps({"ms": times, "peak_rss_bytes": peak_rss_bytes()}), flush=True)
+        print(json.dumps({"ms": times, "peak_rss_bytes": peak_rss_bytes(), "device": device}), flush=True)
 
 
 if __name__ == "__main__":

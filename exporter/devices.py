@@ -6,6 +6,7 @@ What a run is held against, the reference feeds and outputs, is computed on the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 from collections.abc import Iterator
 
@@ -56,6 +57,13 @@ def memory() -> Iterator[None]:
             fix="free what other programs hold, lower the method's `batch` in the recipe, or leave out --device",
             keeps=True,
         ) from error
+
+
+def release() -> None:
+    """Hands back to the GPU what PyTorch keeps for later: engines are run beside it."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def name(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from engines import artifacts, backends
 from engines.artifacts import Artifact, Json, digest_file
 from engines.build import build
 from engines.errors import UserError
+from engines.loading import elsewhere
 from engines.memory import peak_rss_bytes
 from engines.options import Options
 from exporter import bench, damage, devices, html_report, progress, quantized
@@ -116,6 +117,7 @@ def _calibration(
 def _stage(title: str, stage: Callable[..., Artifact], *args: Any, **kwargs: Any) -> Artifact:
     started = time.time()
     made = stage(*args, **kwargs)
+    devices.release()
     fresh = (made.path / artifacts.TIMINGS).stat().st_mtime >= started
     progress.note(f"{title}: " + (f"{time.time() - started:.1f} s" if fresh else "unchanged, kept"))
     return made
@@ -136,7 +138,7 @@ def report(
     """
     made_from = run.judged
     settings = {"seed": seed, "images": images or IMAGES, **versions("torch", "diffusers")}
-    if (kept := _kept(out, made_from, settings)) is not None:
+    if (kept := _kept(out, made_from, settings, run)) is not None:
         progress.note("validate: unchanged, kept")
         html_report.write(out)  # runs beside it may have come, or it is of an earlier version
         return kept
@@ -144,12 +146,13 @@ def report(
     started = time.monotonic()
     with devices.memory():
         content = validate(checkpoint, run, out, seed=seed, count=images, device=device)
+    devices.release()
     content |= {"made_from": made_from, "settings": settings, "samples": digest_file(out / PICTURE)}
     content["shown"] = digest_file(out / SHOWN)
     content["throughput"] = bench.throughput(bench.targets_of(out))
     progress.note(f"validate: {time.monotonic() - started:.1f} s")
     artifacts.write_json(out / REPORT, content)
-    artifacts.write_json(out / artifacts.TIMINGS, _timings(run, content, time.monotonic() - started))
+    artifacts.write_json(out / artifacts.TIMINGS, _timings(run, content, time.monotonic() - started, device))
     html_report.write(out)
     return content
 
@@ -176,23 +179,30 @@ def _note_replaced(out: Path, images: int) -> None:
         progress.note(f"note: {out / REPORT}, of {before} images, is replaced by one of {images}")
 
 
-def _kept(out: Path, made_from: Mapping[str, str], settings: Json) -> Json | None:
+def _kept(out: Path, made_from: Mapping[str, str], settings: Json, run: Run) -> Json | None:
+    """Returns the report that is there, if it is of the same inputs, and of all engines that can run here."""
     if not all((out / name).is_file() for name in (REPORT, PICTURE, SHOWN)):
         return None
     found = _read_report(out)
     same = found.get("made_from") == made_from and found.get("settings") == settings
     pictures = found.get("samples") == digest_file(out / PICTURE) and found.get("shown") == digest_file(out / SHOWN)
-    return found if same and pictures else None
+    ran = {row["backend"] for row in found.get("engines", []) if row.get("ran")}
+    able = {name for name, engine in run.engines.items() if elsewhere(engine) is None}
+    return found if same and pictures and able <= ran else None
 
 
 def _read_report(out: Path) -> Json:
     return artifacts.read_json(out / REPORT, fix="remove it, and give the same command again")
 
 
-def _timings(run: Run, content: Json, validate_seconds: float) -> Json:
+def _timings(run: Run, content: Json, validate_seconds: float, device: torch.device) -> Json:
     made = {"quantized": run.quantized}
     made |= {f"graph {name}": graph for name, graph in run.graphs.items()}
     made |= {f"engine {name}": engine for name, engine in run.engines.items()}
     stages = {name: artifacts.read_json(artifact.path / artifacts.TIMINGS) for name, artifact in made.items()}
-    validated = {"seconds": validate_seconds, "peak_rss_bytes": peak_rss_bytes()}  # of all stages run by this process
+    validated: Json = {
+        "seconds": validate_seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }  # of all stages run by this process
+    validated["device"] = devices.name(device)
     return {"stages": {**stages, "validate": validated}, "throughput": content["throughput"]}

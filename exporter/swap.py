@@ -28,7 +28,7 @@ from exporter.specs import FloatLayer, LayerSpec, channel_axis, oriented
 from exporter.tensors import CodebookTensor, QuantizedTensor
 
 CHOICE = "weight_choice"  # beside a layer's buffers: which of the formats to choose from
-DONE = "done.safetensors"
+DONE, START = "done.safetensors", "start.safetensors"  # in a scope's folder: what training came to, and began with
 
 State = dict[str, torch.Tensor]
 
@@ -116,6 +116,7 @@ def swap_layers(model: nn.Module, family: Family, plan: Plan, start: Start, trai
         if not (folder / DONE).exists():  # a kill left it, whole
             save_whole(_trained(model, family, scope, plan, start, training), folder / DONE)
             reconstruct.forget_state(folder)
+            (folder / START).unlink(missing_ok=True)
         state = load_tensors(folder / DONE, f"remove it, and the same command trains {scope.name} anew")
         state = {name: tensor.to(devices.of(model)) for name, tensor in state.items()}
         for path in scope.paths:
@@ -205,10 +206,12 @@ def _record(
 class Learners:
     """A scope's layers and points while they train, by path, and what is known of its layers that do not.
 
-    `sources`: the float layers they stand for, without their weights; `chosen`: each layer's format, by number.
+    `sources`: the float layers they stand for, without their weights; `weights`: what they start from; `chosen`: each
+    layer's format, by number.
     """
 
     sources: Mapping[str, FloatLayer]
+    weights: dict[str, QuantizedTensor | CodebookTensor] = field(default_factory=dict)
     layers: dict[str, Any] = field(default_factory=dict)
     points: dict[str, Any] = field(default_factory=dict)
     state: dict[str, State] = field(default_factory=dict)
@@ -222,7 +225,7 @@ def put_learners(model: nn.Module, scope: Scope, plan: Plan, start: Start) -> Le
         found.points[path] = scope.method.point(plan.points[path], start.activations[path])
         put(model, path, found.points[path])
     for path, source in progress.track(found.sources.items(), len(scope.paths), "choosing codes (layers)"):
-        tensor = start.weight(model, path, plan)
+        tensor = found.weights[path] = start.weight(model, path, plan)
         spec = replace(plan.specs[path], weight=tensor.format)
         found.chosen[path] = torch.tensor(plan.choices(path).index(tensor.format))
         method, options = plan.method(path)
@@ -240,7 +243,14 @@ def _trained(model: nn.Module, family: Family, scope: Scope, plan: Plan, start: 
     """Trains a scope and returns the buffers of its quantized layers; layers without a weight are left in the model."""
     samples, work = training.samples, training.folder
     assert samples is not None  # there is a scope
+    kept = work / scope.name / START
+    if kept.exists():  # another search, on another device or with sums in another order, may start elsewhere
+        start = _read_start(kept, model, scope, plan, start)
     learners = put_learners(model, scope, plan, start)
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_whole(_start_of(learners, start), kept)
+    learners.weights.clear()
     calls: reconstruct.Calls
     if scope.options.joint:
         calls = reconstruct.ModelCalls(model, family, scope.blocks, samples, work)
@@ -254,6 +264,38 @@ def _trained(model: nn.Module, family: Family, scope: Scope, plan: Plan, start: 
         put(model, path, source)
     found = {f"{path}.{leaf}": tensor for path, leaves in state.items() for leaf, tensor in leaves.items()}
     return found | {f"{path}.{CHOICE}": number for path, number in learners.chosen.items()}
+
+
+def _start_of(learners: Learners, start: Start) -> State:
+    """Returns what a scope's training begins with: codes and scales, each format by number, and ranges of inputs."""
+    found = {f"{path}.{leaf}": t for path, one in learners.weights.items() for leaf, t in one.buffers().items()}
+    found |= {f"{path}.{CHOICE}": number for path, number in learners.chosen.items()}
+    ranges = {
+        path: start.activations[path] for path in (*learners.weights, *learners.points) if path in start.activations
+    }
+    return found | {f"{path}.{leaf}": tensor for path, state in ranges.items() for leaf, tensor in state.items()}
+
+
+def _read_start(file: Path, model: nn.Module, scope: Scope, plan: Plan, found: Start) -> Start:
+    """Returns what a run before began with, in the place of what this one has `found`."""
+    state = load_tensors(file, f"remove {file.parent}, and the same command trains {scope.name} anew")
+    state = {name: tensor.to(devices.of(model)) for name, tensor in state.items()}
+    weights: dict[str, QuantizedTensor | CodebookTensor] = {}
+    for path in scope.paths:
+        spec, fmt = plan.specs[path], plan.choices(path)[int(state[f"{path}.{CHOICE}"])]
+        codes, scale = state[f"{path}.weight_codes"], state.get(f"{path}.weight_scale")
+        if fmt.learned:
+            weights[path] = CodebookTensor(codes, state[f"{path}.weight_codebook"], scale, fmt)
+        else:
+            assert scale is not None, path
+            axis = channel_axis(float_layer(model, path), spec)
+            weights[path] = QuantizedTensor(codes, scale, fmt, spec.granularity, axis, spec.block_size)
+    same: dict[int, State] = {}  # readers of one tensor are given the very same
+    for path in [path for path in (*scope.paths, *scope.points) if path in found.activations]:
+        own = found.activations[path]
+        same.setdefault(id(own), {leaf: state[f"{path}.{leaf}"] for leaf in own})
+    activations = {path: same.get(id(own), own) for path, own in found.activations.items()}
+    return Start(weights, activations)
 
 
 def _put_point(model: nn.Module, path: str, plan: Plan, state: State) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from engines import backends
 from engines.artifacts import Artifact, Json
 from engines.audit import audit
-from engines.loading import why_not
+from engines.loading import elsewhere
 from engines.plans import PLAN, read_plan
 from engines.runner import Runner
 from exporter import devices, images, progress, quantized, taps
@@ -148,7 +148,7 @@ def open_runners(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
     """Returns the runners of the engines that can run on this machine, and why the others cannot."""
     runners, refusals = {}, {}
     for name, engine in run.engines.items():
-        reason = why_not(engine)
+        reason = elsewhere(engine)
         if reason is None:
             runners[name] = backends.open_runner(engine)
         else:

@@ -58,8 +58,13 @@ class Backend(Protocol):
     def multiplied(self, row: PlanRow) -> str | None:
         """Returns the type that a row of its plans multiplies in, None for one that multiplies nothing."""
 
-    def explain(self, op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None]) -> str | None:
-        """Returns why it runs a matmul, convolution or attention in other types than asked, None if it should not."""
+    def explain(
+        self, op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None], versions: Mapping[str, str]
+    ) -> str | None:
+        """Returns why it runs a matmul, convolution or attention in other types than asked, None if it should not.
+
+        `versions`: what `fingerprint` told when the engine was built.
+        """
 
     def cannot_run(self) -> str | None:
         """Returns why engines of this backend cannot run on this machine, or None if they can."""

@@ -46,6 +46,7 @@ def fingerprint() -> dict[str, str]:
         "onnxruntime": onnxruntime.__version__,
         "codebook_ops": "native" if native.library() else "portable",
         "int8_sums": "saturating" if sums_saturate() else "exact",  # of this CPU's fastest kernels
+        "device": device(),  # whose kernels the plan lists
     }
 
 
@@ -87,11 +88,13 @@ def multiplied(row: PlanRow) -> str | None:
     return next((kind for kind in row.input_types if kind in FLOATS), "fp32") if row.kind in MATMULS else None
 
 
-def explain(op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None]) -> str | None:
+def explain(
+    op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None], versions: Mapping[str, str]
+) -> str | None:
     """Returns what ONNX Runtime has no kernel for; the numbers are those asked for all the same."""
     in_float = got["activation"] in FLOATS and got["weight"] == asked["weight"]  # nothing excuses an expanded weight
-    on_cuda = device() == "cuda" and got["activation"] in FLOATS and got["weight"] in (asked["weight"], "int8")
-    if asked["activation"] == "int8" and on_cuda:
+    kept = got["activation"] in FLOATS and got["weight"] in (asked["weight"], "int8")
+    if versions.get("device") == "cuda" and asked["activation"] == "int8" and kept:
         return "CUDA: no INT8 kernels for Q/DQ: INT8 values, multiplied in float"
     if asked["activation"] == "fp8" and in_float:
         return "no FP8 kernels: FP8 values, multiplied in float"

@@ -46,7 +46,9 @@ def build(model: Path, graph: Json, folder: Path, gpu: str | None, options: Opti
     return {}
 
 
-def explain(op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None]) -> str | None:
+def explain(
+    op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None], versions: Mapping[str, str]
+) -> str | None:
     """It is not known to lack a kernel for a type that it takes."""
     return None
 

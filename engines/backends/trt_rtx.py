@@ -36,7 +36,9 @@ def build(model: Path, graph: Json, folder: Path, gpu: str | None, options: Opti
     return {}
 
 
-def explain(op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None]) -> str | None:
+def explain(
+    op: str, asked: Mapping[str, str | None], got: Mapping[str, str | None], versions: Mapping[str, str]
+) -> str | None:
     """It has kernels for every type that it takes: nothing excuses another."""
     return None
 

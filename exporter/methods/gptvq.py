@@ -77,7 +77,7 @@ def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
         factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    except RuntimeError as error:  # torch.linalg.LinAlgError, which is one
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise UserError(
             f"gptvq: the inputs' second moments, damped by {damp:g}, have no inverse",
             fix="raise damp, e.g. to 0.01, or calibrate on more samples",

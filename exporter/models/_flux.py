@@ -33,7 +33,11 @@ class RotaryTable(nn.Module):
         return cos, sin
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryTable:
-        return self  # angles are fp32 or wider in diffusers too, whatever the model computes in
+        device = fn(self.frequencies).device
+        self.frequencies = self.frequencies.to(
+            device
+        )  # angles are fp32 or wider in diffusers, whatever the model is in
+        return self
 
 
 class FluxFp32Times(FluxTransformer2DModel):  # type: ignore[misc]

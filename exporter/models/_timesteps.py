@@ -35,8 +35,8 @@ class TimestepTable(nn.Module):
         return torch.cat(parts[::-1] if self.sines_last else parts, dim=-1)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TimestepTable:
-        moved = fn(self.frequencies)
-        self.frequencies = self.frequencies.to(moved.device)  # angles are fp32 in diffusers, whatever the model is in
+        device = fn(self.frequencies).device
+        self.frequencies = self.frequencies.to(device)  # angles are fp32 in diffusers, whatever the model is in
         return self
 
 

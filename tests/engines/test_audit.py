@@ -68,7 +68,7 @@ class Backend:
         return multiplied_as(row) if row.kind == "gemm" else None
 
     @staticmethod
-    def explain(op, asked, got):
+    def explain(op, asked, got, versions):
         return "no FP8 kernels" if asked["activation"] == "fp8" else None
 
 

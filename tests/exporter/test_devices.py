@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 import torch
 from common import FAMILIES, TINY
+from families import feeds_of
 from killing import killed_after
 from safetensors.torch import load_file
 
 from calib_data.store import CalibrationSet
 from engines.errors import UserError
-from exporter import devices, quantized, recipe
+from exporter import clustering, devices, quantized, recipe
 from exporter.calibrate import calibrate
 from exporter.checkpoint import open_checkpoint
+from exporter.methods import fp_search
 from exporter.metrics import sqnr_db
 from exporter.quantize import quantize, reference_steps
 from exporter.runners import TorchRunner
@@ -83,6 +86,35 @@ def test_a_gpu_whose_memory_is_full_is_told_and_what_was_recorded_is_kept(tmp_pa
             calibrate(checkpoint, tmp_path / "set", samples=32)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1  # of two batches, the first
     assert calibrate(checkpoint, tmp_path / "set", samples=32).info["samples"] == 32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_of_a_family_moves_to_another_device(name, tmp_path):
+    """`meta`, where nothing is computed, refuses a constant that stayed behind as a GPU would."""
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES[name]))
+    checkpoint = open_checkpoint(f"random:{tmp_path}", steps=2)
+    model, family = checkpoint.load(), checkpoint.family
+    feeds = feeds_of(family, {axis: bounds.opt for axis, bounds in family.axes().items()} | {"batch": 2})
+    devices.place(model, torch.device("meta"))
+    (output,) = TorchRunner("moved", model, family).run_tensors(feeds).values()
+    assert output.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["floating point", "vq4dit"])
+def test_a_training_goes_on_from_where_it_began_though_a_search_now_ends_elsewhere(name, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    checkpoint = open_checkpoint(f"random:{tmp_path}", steps=3)
+    data = calibrate(checkpoint, tmp_path / "calibration", samples=16)
+    whole = quantize(checkpoint, asked(name), data, tmp_path / "whole")
+    with killed_after(5, monkeypatch):
+        quantize(checkpoint, asked(name), data, tmp_path / "killed")
+    monkeypatch.setattr(fp_search, "CLIPS", fp_search.CLIPS[:40])  # as on another device, ties fall otherwise: but more
+    monkeypatch.setattr(clustering, "kmeans", functools.partial(clustering.kmeans, seed=1))
+    resumed = quantize(checkpoint, asked(name), data, tmp_path / "killed")
+    block = "transformer_blocks.0"  # what was under way when it was killed
+    ours, theirs = (quantized.load(made).get_submodule(block).state_dict() for made in (whole, resumed))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_the_record_says_where_it_was_computed(tmp_path):

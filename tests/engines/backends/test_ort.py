@@ -168,6 +168,6 @@ class TestOnAGpu:
     )
     def test_what_is_multiplied_in_float_there_is_said(self, asked, got, excused):
         pairs = (dict(zip(("weight", "activation"), one, strict=True)) for one in (asked, got))
-        reason = ort.explain("matmul", *pairs)
+        reason = ort.explain("matmul", *pairs, {"device": "cuda"})
         assert (reason is not None) == excused
         assert not excused or "CUDA" in reason
