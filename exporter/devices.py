@@ -1,6 +1,6 @@
 """Where PyTorch computes what takes long: sampling for calibration, searching ranges, training. CPU, or one GPU.
 
-What a run is held against, the reference feeds and outputs, is computed on the CPU whatever the device.
+What a run is held against, the reference outputs, is computed on the CPU whatever the device.
 """
 
 from __future__ import annotations

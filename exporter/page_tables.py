@@ -25,7 +25,8 @@ def headline(report: Json) -> Json:
     """Returns what the page says first: sizes, the images' PSNR, the task's score, the judged runner's speed."""
     images, runner = at(report, "accuracy.images", {}), at(report, "accuracy.images.runner", "")
     batch, speeds = _speeds(report)
-    base, row = speeds.get("float"), speeds.get(runner)
+    row = speeds.get(runner)
+    base = comparable(speeds.get("float"), row)
     size, whole = at(report, "weights.bytes", math.nan), at(report, "model.float_weight_bytes", math.nan)
     return {
         "runner": runner,
@@ -41,6 +42,11 @@ def headline(report: Json) -> Json:
         "speed": base["ms_p50"] / row["ms_p50"] if base and row else None,
         "speed_span": span(_speed_span(base, row), 2) if base and row else "",
     }
+
+
+def comparable(base: Json | None, row: Json | None) -> Json | None:
+    """Returns the float model's times, None where they are not of the device of the other's."""
+    return base if base and row and base.get("device") == row.get("device") else None
 
 
 def _speed_span(base: Json, row: Json) -> tuple[float, float]:
@@ -265,7 +271,7 @@ def throughput(report: Json) -> Json:
     base = {row["batch"]: row for row in rows if row["runner"] == "float"}
     found = []
     for row in rows:
-        other = base.get(row["batch"])
+        other = comparable(base.get(row["batch"]), row)
         found.append([
             text(row["runner"]),
             number(row["batch"], 0),

@@ -12,6 +12,7 @@ import torch
 
 from engines.artifacts import Json, replacing
 from exporter import audits, progress
+from exporter.page_tables import comparable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -127,7 +128,7 @@ def _table(report: Json) -> Table:
     rows = report.get("throughput", [])
     batch = rows[0]["batch"] if rows else 0
     speed = {row["runner"]: row for row in rows if row["batch"] == batch}
-    base = speed["float"]["ms_p50"] if "float" in speed else None
+    base = speed.get("float")
     table = Table(title=f"lowering: engine against PyTorch, median over steps; time: one call, batch {batch}")
     for header in ("runner", "weights", "lowering", "floor", "ms p50", "ms p95", "speed"):
         table.add_column(header, justify="left" if header == "runner" else "right")
@@ -189,7 +190,9 @@ def _median_db(values: Sequence[float | None]) -> str:
     return f"{median(float('inf') if value is None else value for value in values):.1f} dB"
 
 
-def _speed(row: Json | None, base: float | None) -> tuple[str, str, str]:
+def _speed(row: Json | None, base: Json | None) -> tuple[str, str, str]:
     if row is None:
         return "", "", ""
-    return f"{row['ms_p50']:.1f}", f"{row['ms_p95']:.1f}", f"{base / row['ms_p50']:.2f}×" if base else ""
+    against = comparable(base, row)
+    ratio = f"{against['ms_p50'] / row['ms_p50']:.2f}×" if against else ""
+    return f"{row['ms_p50']:.1f}", f"{row['ms_p95']:.1f}", ratio

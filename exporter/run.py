@@ -200,9 +200,6 @@ def _timings(run: Run, content: Json, validate_seconds: float, device: torch.dev
     made |= {f"graph {name}": graph for name, graph in run.graphs.items()}
     made |= {f"engine {name}": engine for name, engine in run.engines.items()}
     stages = {name: artifacts.read_json(artifact.path / artifacts.TIMINGS) for name, artifact in made.items()}
-    validated: Json = {
-        "seconds": validate_seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }  # of all stages run by this process
-    validated["device"] = devices.name(device)
+    peak = peak_rss_bytes()  # of all stages run by this process
+    validated = {"seconds": validate_seconds, "peak_rss_bytes": peak, "device": devices.name(device)}
     return {"stages": {**stages, "validate": validated}, "throughput": content["throughput"]}

@@ -6,7 +6,7 @@ import pytest
 from gated import made, made_run
 
 from engines.errors import UserError
-from exporter import bench
+from exporter import baseline, bench, page_tables
 
 
 def test_folders_that_are_no_engine_of_the_run_are_left_alone(tmp_path):
@@ -22,3 +22,16 @@ def test_a_fault_of_the_user_in_a_worker_is_told_as_one(tmp_path):
     with pytest.raises(UserError, match="content") as caught:
         bench.throughput({"ort": f"graph:{graph}"}, batches=(1,), threads=1)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(("device", "ratio"), [("cpu", 2.0), ("cuda", None)])
+def test_times_of_two_devices_make_no_ratio(device, ratio):
+    def row(runner, ms, device):
+        return {"runner": runner, "batch": 8, "ms_p50": ms, "ms_p95": ms, "runs": 30, "device": device}
+
+    rows = [row("float", 20.0, "cpu"), row("ort", 10.0, device)]
+    found = page_tables.comparable(rows[0], rows[1])
+    assert (found["ms_p50"] / rows[1]["ms_p50"] if found else None) == ratio
+    assert list(baseline._speeds(rows, {"ort"})) == (["ort batch 8"] if ratio else [])
+    shown = page_tables.throughput({"throughput": rows})
+    assert ("2.00×" in str(shown)) == bool(ratio)
