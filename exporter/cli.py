@@ -192,7 +192,7 @@ def calibrate(
 @click.option("--recipe", required=True, help="A shipped recipe, or a .toml file.")
 @click.option("--calibration", type=FOLDER, required=True)
 @OUT
-@STEPS
+@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps (default: the calibration set's).")
 @DEVICE
 @SEED
 def quantize(model: str, recipe: str, calibration: Path, out: Path, steps: int | None, device: str, seed: int) -> None:

@@ -26,6 +26,7 @@ from engines.errors import UserError, unknown
 from engines.plans import PlanRow
 
 RTX_DEFAULT_GPU = "sm89"  # Ada: the oldest that has every format of the shipped recipes
+LEFT_OUT = ("sm90", "sm100", "sm103")  # that TensorRT has and TensorRT-RTX has not
 MAX_CACHE_BYTES = 1 << 30  # timings of a large model are some megabytes
 
 
@@ -146,6 +147,10 @@ class TensorRtRtx:
         known = self.targets()
         if gpu is None:
             return here if (here := gpus.detect()) in known and here else RTX_DEFAULT_GPU
+        if gpu in LEFT_OUT:
+            raise UserError(
+                f"{self.name}: {self.unsupported(gpu)}", fix=f"use one of {', '.join(known)}, or trt, or ort"
+            )
         if gpu not in known:
             raise unknown("GPU target", gpu, known, where=self.name)
         return gpu

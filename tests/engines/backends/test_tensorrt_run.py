@@ -386,3 +386,10 @@ def test_why_engines_cannot_run_here_is_said(monkeypatch):
     assert "pip install 'cuda-python" in trt.cannot_run()
     with pytest.raises(UserError, match="cuda-python cannot be imported"):
         _cuda.Cuda()
+
+
+@pytest.mark.parametrize("gpu", ["sm90", "sm100"])
+def test_a_target_that_the_library_leaves_out_is_refused_with_what_runs_there(gpu):
+    with pytest.raises(UserError, match=f"runs on no {gpu} GPU") as raised:
+        RTX.resolve_gpu(gpu)
+    assert "ort" in raised.value.fix
