@@ -148,6 +148,10 @@ def random_feeds(graph: Json, batch: int) -> dict[str, Any]:
     return feeds | {"step": steps}
 
 
+class _Full(UserError):
+    """The GPU has no memory for what is timed."""
+
+
 class _Worker:
     """A process that holds one runner and times it when asked to."""
 
@@ -169,11 +173,17 @@ class _Worker:
         found: Json = json.loads(answer)
         if "fault" in found:
             raise UserError(found["fault"], fix=found["fix"])
+        if "full" in found:
+            raise _Full(f"the GPU's memory is full: {found['full']}", fix="free what other programs hold on it")
         return found
 
     def fits(self, batch: int) -> bool:
         """Warms up at a batch; returns whether the device's memory takes it."""
-        return "full" not in self.ask(batch, WARM_UP)
+        try:
+            self.ask(batch, WARM_UP)
+        except _Full:
+            return False
+        return True
 
     def stop(self) -> None:
         self._process.kill()

@@ -35,3 +35,17 @@ def test_times_of_two_devices_make_no_ratio(device, ratio):
     assert list(baseline._speeds(rows, {"ort"})) == (["ort batch 8"] if ratio else [])
     shown = page_tables.throughput({"throughput": rows})
     assert ("2.00×" in str(shown)) == bool(ratio)
+
+
+def test_a_runner_that_does_not_fit_the_gpu_has_no_row_and_the_others_do(monkeypatch, capsys):
+    def ask(self, batch, calls):
+        if self._target == "float:there":
+            raise bench._Full("the GPU's memory is full", fix="free some")
+        return {"ms": [1.0], "peak_rss_bytes": 1, "device": "cuda"}
+
+    monkeypatch.setattr(bench._Worker, "__init__", lambda self, target, *_: setattr(self, "_target", target))
+    monkeypatch.setattr(bench._Worker, "ask", ask)
+    monkeypatch.setattr(bench._Worker, "stop", lambda self: None)
+    rows = bench.throughput({"float": "float:there", "quantized": "quantized:there"}, batches=(8,))
+    assert [(row["runner"], row["device"]) for row in rows] == [("quantized", "cuda")]
+    assert "float is not timed at batch 8: the GPU's memory is full" in capsys.readouterr().err
