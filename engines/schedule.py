@@ -135,7 +135,7 @@ class _Stepped:
             bad = next(int(s) for s in step.ravel() if not 0 <= s < self._steps)
             raise UserError(
                 f"{self.name}: step {bad}, and activations have scales for the steps 0 … {self._steps - 1}",
-                fix="feed the position in the schedule that the engine was calibrated for (engines.schedule.steps_of)",
+                fix="feed the position in the schedule that the engine was calibrated for (the engine's steps_of)",
             )
         self._check_schedule(np.asarray(feeds["timestep"], dtype=np.float64).ravel(), step.ravel())
         fed: dict[str, Any] = dict(feeds)
@@ -157,5 +157,5 @@ class _Stepped:
                 f"{self.name}: timestep {timesteps[row]:g} at step {step}, whose scales are for timestep "
                 f"{self._timesteps[step]:g}: another schedule than the {self._steps} steps it was calibrated for",
                 fix="sample with those, or feed the step that is nearest to each timestep: "
-                "engines.schedule.steps_of(graph, timesteps, nearest=True)",
+                "steps_of(timesteps, nearest=True) of the engine gives them",
             )

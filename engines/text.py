@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import UserError
+from engines.errors import UserError, did_you_mean
 
 
 class Words:
@@ -57,6 +56,5 @@ class Words:
 
 def close_words(word: str, vocabulary: Iterable[str]) -> str:
     """Returns what to do about a word that a vocabulary lacks: the words that are spelled like it."""
-    close = difflib.get_close_matches(word, [known for known in vocabulary if known.isalpha()], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    hint = did_you_mean(word, [known for known in vocabulary if known.isalpha()])
     return f"{hint}use words that the model was trained on"

@@ -12,6 +12,11 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in (HERE / "recipes").glob("*.toml"))
 
 
+def text(recipe: str) -> str:
+    """Returns a recipe as it ships."""
+    return (HERE / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8")
+
+
 def comment(recipe: str) -> str:
     """Returns a recipe's first line, which says what it is for."""
     with (HERE / "recipes" / f"{recipe}.toml").open(encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from engines.errors import UserError
+from engines.errors import UserError, unknown
 from engines.version import __version__
 
 FOLDER = click.Path(path_type=Path)
@@ -459,22 +459,32 @@ def inspect(artifact: Path, as_json: bool) -> None:
 
 @main.command(name="list")
 @click.argument("what", type=click.Choice(["models", "recipes", "formats", "methods", "backends"]))
-def list_(what: str) -> None:
-    """List what ships, by name; recipes and backends with what they are, methods with their options."""
-    for name in _names(what):
-        click.echo(name)
-        if what == "recipes":
-            from exporter import catalog
+@click.argument("name", required=False)
+def list_(what: str, name: str | None) -> None:
+    """List what ships, by name; recipes and backends with what they are, methods with their options.
 
-            click.echo(f"    {catalog.comment(name)}")
+    With NAME that one alone; of a recipe the whole file, to start your own from.
+    """
+    from exporter import catalog
+
+    names = _names(what)
+    if name is not None and name not in names:
+        raise unknown(what.removesuffix("s"), name, names)
+    if name is not None and what == "recipes":
+        click.echo(catalog.text(name), nl=False)
+        return
+    for found in names if name is None else [name]:
+        click.echo(found)
+        if what == "recipes":
+            click.echo(f"    {catalog.comment(found)}")
         if what == "methods":
             from exporter import methods
 
-            click.echo("\n".join(f"    {line}" for line in methods.about(name)))
+            click.echo("\n".join(f"    {line}" for line in methods.about(found)))
         if what == "backends":
             from engines import backends
 
-            click.echo(f"    {backends.about(name)}")
+            click.echo(f"    {backends.about(found)}")
 
 
 def _names(what: str) -> list[str]:

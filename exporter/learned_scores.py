@@ -23,7 +23,7 @@ from engines.errors import UserError, unknown
 BATCH = 32  # images at a time: Inception sees them at 299×299
 CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default, which published scores mostly use
 LEAST_OF_A_SET = 2  # images, that a covariance takes
-EXTRA = "pip install 'export-engine[scores]'"
+EXTRA = "pip install 'torchmetrics[image]' transformers"
 
 Compute = Callable[[torch.Tensor, Any], torch.Tensor]
 

@@ -132,8 +132,8 @@ def refuse(checkpoint: Checkpoint, recipe: Recipe, model: nn.Module, plan: Plan,
             backends.load(target.backend).check(layers, target.gpu)
         except UserError as error:
             found = nearest(checkpoint, profile(model, plan), target)
-            hint = f"; the nearest shipped recipe that {target.gpu} runs is {found}" if found else ""
-            raise UserError(f"{target.backend}: {error.what}", fix=f"{error.fix}{hint}") from error
+            hint = f"; the nearest shipped recipe that {target.gpu} runs is {' and, of no fewer bits, '.join(found)}"
+            raise UserError(f"{target.backend}: {error.what}", fix=f"{error.fix}{hint if found else ''}") from error
 
 
 def why_not(kind: Kind, path: str, backend: str, gpu: str) -> str | None:
@@ -156,6 +156,11 @@ class Profile:
     weight_bits: float
     activation_bits: float
     trains: bool
+
+    @property
+    def whole_bits(self) -> int:
+        """Bits of a weight, without its share of a scale."""
+        return round(self.weight_bits)
 
     def distance(self, other: Profile) -> tuple[Any, ...]:
         """Whole bits of weights count first, then those of activations, then training, then what is left of bits."""
@@ -193,13 +198,21 @@ def _trains(plan: Plan, path: str) -> bool:
     return bool(method.TRAINS and options.trains)
 
 
-def nearest(checkpoint: Checkpoint, asked: Profile, target: Target) -> str | None:
-    """Returns the shipped recipe nearest to what was asked among those that a target runs, and what it comes to."""
-    fitting = list(_shipped(checkpoint, target))
-    if not fitting:
-        return None
-    name, found = min(fitting, key=lambda one: (asked.distance(one[1]), one[0]))
-    return f"{name} ({found.weight_bits:.3g} bits to a weight, activations of {found.activation_bits:.3g})"
+def nearest(checkpoint: Checkpoint, asked: Profile, target: Target) -> list[str]:
+    """Returns the shipped recipe nearest to what was asked among those that a target runs, and what it comes to.
+
+    Where its weights have fewer bits, a second one follows: the nearest of those whose weights have as many, or more.
+    """
+    found = []
+    fitting = dict(_shipped(checkpoint, target))
+    while fitting:
+        name = min(fitting, key=lambda one: (asked.distance(fitting[one]), one))
+        own = fitting[name]
+        found.append(f"{name} ({own.weight_bits:.3g} bits to a weight, activations of {own.activation_bits:.3g})")
+        if own.whole_bits >= asked.whole_bits:
+            break
+        fitting = {name: one for name, one in fitting.items() if one.whole_bits >= asked.whole_bits}
+    return found
 
 
 def _shipped(checkpoint: Checkpoint, target: Target) -> Iterator[tuple[str, Profile]]:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tomllib
 from types import SimpleNamespace
 
 import pytest
@@ -476,6 +477,22 @@ def test_list_names_the_files_found(what, cli):
         "backends": {"ort", "trt", "trt-rtx"},
     }[what]
     assert expected <= set(process.stdout.split())
+
+
+def test_a_listed_recipe_is_a_file_to_start_from():
+    from exporter import recipe
+
+    for name in recipe.names():
+        result = CliRunner().invoke(main, ["list", "recipes", name])
+        assert recipe.parse(name, tomllib.loads(result.stdout), name) == recipe.load(name)
+
+
+def test_one_name_of_a_list_is_looked_up():
+    assert CliRunner().invoke(main, ["list", "methods", "rtn"]).stdout.startswith("rtn\n    Round to nearest")
+    refused = CliRunner().invoke(main, ["list", "recipes", "fp8x"])
+    assert refused.exit_code == 2
+    assert "unknown recipe 'fp8x'" in refused.stderr
+    assert "did you mean 'fp8'? known: " in refused.stderr
 
 
 def test_backends_are_listed_with_where_they_build_and_run(cli):

@@ -1,6 +1,6 @@
 """Fuzzes what reads files that others made: every input is read, or refused with a message; anything else is a fault.
 
-`python tools/fuzz_loaders.py zip --runs 1000000 --out out/fuzz` runs atheris (pip install 'export-engine[fuzz]'),
+`python tools/fuzz_loaders.py zip --runs 1000000 --out out/fuzz` runs atheris (pip install '.[fuzz]'),
 guided by coverage, from the corpus in tests/corpus; what it finds lies in --out, and belongs into the corpus, as
 fault-NAME, once it is mended. `--cpp build/fuzz/fuzz/fuzz_zip` runs a fuzzer of the C++ library instead, and
 `--table` prints what all in --out gave. docs/fuzzing.md says more.
@@ -123,7 +123,7 @@ def main() -> None:
         run_cpp(arguments.cpp, arguments.runs, arguments.out)
         return
     if arguments.target is None or atheris is None:
-        sys.exit("name a target" if atheris else "atheris is not installed\n  fix: pip install 'export-engine[fuzz]'")
+        sys.exit("name a target" if atheris else "atheris is not installed\n  fix: pip install '.[fuzz]'")
     warnings.simplefilter("ignore")  # of numbers that overflow: they are the input's
     corpus = arguments.out / arguments.target
     corpus.mkdir(parents=True, exist_ok=True)

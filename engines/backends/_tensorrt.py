@@ -29,12 +29,16 @@ LAST_ERRORS = 20
 def check_support(layers: Mapping[str, Mapping[str, str | None]], gpu: str, known: Sequence[str]) -> None:
     """Raises a UserError that names the first layer whose format the target lacks, and the targets that have it."""
     for path, layer in layers.items():
-        for kind in filter(None, layer.values()):
+        for part, kind in layer.items():
+            if kind is None:
+                continue
             have = [target for target in known if target in SUPPORT.get(kind, ())]
             if gpu not in have:
                 where = f"build for one that has {kind} (--gpu {', '.join(have)}), or " if have else ""
+                does = "stores its weight in" if part == "weight" and layer["activation"] != kind else "is"
                 raise UserError(
-                    f"layer {path!r} is {kind}, with no hardware for it in {gpu}", fix=f"{where}choose another recipe"
+                    f"layer {path!r} {does} {kind}, with no hardware for it in {gpu}",
+                    fix=f"{where}choose another recipe",
                 )
 
 

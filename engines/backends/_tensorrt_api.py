@@ -71,7 +71,7 @@ class TensorRt:
     captures = False
 
     def module(self) -> Any:
-        return _import("tensorrt", "TensorRT", "pip install 'export-engine[trt]', or --backend trt-rtx")
+        return _import("tensorrt", "TensorRT", "pip install tensorrt cuda-python, or --backend trt-rtx")
 
     def targets(self) -> list[str]:
         return [here] if (here := gpus.detect()) else []

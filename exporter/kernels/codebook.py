@@ -174,7 +174,7 @@ def _kernels(device: torch.device) -> ModuleType:
         from exporter.kernels import _codebook_triton
     except ImportError as error:
         raise UserError(
-            f"Triton cannot be imported ({error})", fix="pip install 'export-engine[gpu]' (Linux), or use reference()"
+            f"Triton cannot be imported ({error})", fix="pip install triton (Linux), or use reference()"
         ) from error
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"x is on {device.type}", fix='move x and the weight to "cuda", or use reference()')

@@ -98,6 +98,17 @@ def check_whole(method: str, options: Any, **least: int) -> None:
             raise UserError(f"{method}: {key} = {value}", fix=f"write a whole number, at least {smallest}")
 
 
+# Of a rate in units of what it changes: the whole of it at every iteration.
+MOST_RATE = 1.0
+
+
+def check_rates(method: str, options: Any, *keys: str) -> None:
+    """Raises a UserError if a rate in units of what it changes is below 0, or beyond `MOST_RATE`."""
+    for key in keys:
+        if not 0 <= (value := getattr(options, key)) <= MOST_RATE:
+            raise UserError(f"{method}: {key} = {value}", fix=f"write a rate of 0 … {MOST_RATE:g}")
+
+
 def names() -> list[str]:
     return catalog.modules("methods")
 
@@ -110,8 +121,13 @@ def about(name: str) -> list[str]:
     """Returns what a method does, and its options with their defaults."""
     module = importlib.import_module(f"exporter.methods.{name}")
     found = [(module.__doc__ or "").strip().splitlines()[0]]
-    defaults = [f"{f.name} = {str(f.default).lower()}" for f in dataclasses.fields(module.Options)]
+    defaults = [f"{f.name} = {written(f.default)}" for f in dataclasses.fields(module.Options)]
     return found + ([", ".join(defaults)] if defaults else [])
+
+
+def written(value: Any) -> str:
+    """Returns an option's value as a recipe writes it."""
+    return str(value).lower()
 
 
 def options(name: str, values: Mapping[str, Any], where: str) -> Any:
@@ -126,8 +142,9 @@ def options(name: str, values: Mapping[str, Any], where: str) -> Any:
         default = known[key].default
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, (int, float)):
             kind = "true or false" if isinstance(default, bool) else "a number"
+            shown = written(value) if isinstance(value, bool) else repr(value)
             raise UserError(
-                f"{where}: {key} = {value!r} is not {kind}", fix=f"write {kind}; the default is {default!r}"
+                f"{where}: {key} = {shown} is not {kind}", fix=f"write {kind}; the default is {written(default)}"
             )
     try:
         made = cls(**values)  # first: it may know the range that is missed
@@ -137,10 +154,11 @@ def options(name: str, values: Mapping[str, Any], where: str) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(
                 f"{where}: {key} = {value!r} is no finite number",
-                fix=f"write a number; the default is {known[key].default!r}",
+                fix=f"write a number; the default is {written(known[key].default)}",
             )
         if abs(value) > LARGEST:
             raise UserError(
-                f"{where}: {key} is beyond {LARGEST:.0e}", fix=f"write a number; the default is {known[key].default!r}"
+                f"{where}: {key} is beyond {LARGEST:.0e}",
+                fix=f"write a number; the default is {written(known[key].default)}",
             )
     return made

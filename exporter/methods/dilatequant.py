@@ -15,12 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from engines.artifacts import Json
-from engines.errors import UserError
 from exporter import progress, scaling, steps
 from exporter.activations import LEAST_SCALE
 from exporter.attention import PointSpec, QuantizedPoint
 from exporter.dilation import dilation
-from exporter.methods import Moments, check_whole, fp_search
+from exporter.methods import Moments, check_rates, check_whole, fp_search
 from exporter.models import Fold
 from exporter.modules import QuantizedLayer, float_layer
 from exporter.recipe import WeightSpec
@@ -69,9 +68,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_whole("dilatequant", self, iterations=0, batch=1, rows=1, hold_mb=0)
-        for name in ("weight_rate", "scale_rate", "activation_rate", "shift_rate"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"dilatequant: {name} = {getattr(self, name)}", fix="write 0 or more")
+        check_rates("dilatequant", self, "weight_rate", "scale_rate", "activation_rate", "shift_rate")
 
 
 def needs_moments(options: Options) -> Moments:

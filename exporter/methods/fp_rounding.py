@@ -17,7 +17,7 @@ from torch import nn
 from engines.errors import UserError
 from exporter.activations import LEAST_SCALE
 from exporter.formats import Format
-from exporter.methods import Moments, check_whole, fp_search
+from exporter.methods import Moments, check_rates, check_whole, fp_search
 from exporter.modules import QuantizedLayer
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
@@ -65,6 +65,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_whole("fp_rounding", self, iterations=1, batch=1, rows=1, activation_iterations=0, hold_mb=0)
+        check_rates("fp_rounding", self, "activation_rate")
         for name in ("rate", "activation_rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"fp_rounding: {name} = {getattr(self, name)}", fix="write a number above 0")

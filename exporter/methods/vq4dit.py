@@ -18,7 +18,7 @@ from engines.errors import UserError
 from exporter import clustering
 from exporter.formats import Format
 from exporter.formats.codebook import BITS
-from exporter.methods import Moments, check_whole, kmeans
+from exporter.methods import Moments, check_rates, check_whole, kmeans
 from exporter.modules import CodebookLayer
 from exporter.recipe import WeightSpec
 from exporter.reconstruct import Phase
@@ -77,7 +77,8 @@ class Options:
         check_whole("vq4dit", self, batch=1, rows=1, hold_mb=0)
         if self.candidates > FEWEST_ENTRIES:
             raise UserError(f"vq4dit: candidates = {self.candidates}", fix=f"use at most {FEWEST_ENTRIES}")
-        for name in ("rate", "codebook_rate", "bias_rate", "regularizer"):
+        check_rates("vq4dit", self, "codebook_rate", "bias_rate")
+        for name in ("rate", "regularizer"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"vq4dit: {name} = {getattr(self, name)}", fix="write 0 or more")
         if not 0 <= self.warmup < 1:

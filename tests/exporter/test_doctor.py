@@ -51,7 +51,7 @@ def test_a_backend_whose_library_is_missing_says_so_and_what_to_install(without)
 
 def test_tensorrt_is_said_to_build_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert "export-engine[trt]" in doctor.backend("trt")["cannot_build"]
+    assert "pip install tensorrt" in doctor.backend("trt")["cannot_build"]
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0"))
     assert "this machine has none" in doctor.backend("trt")["cannot_build"]
     monkeypatch.setattr(doctor.gpu, "detect", lambda: "sm89")

@@ -77,7 +77,7 @@ def test_a_backend_that_cannot_build_here_is_refused_with_what_to_do(monkeypatch
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     result = invoke("digits-dit", "--recipe", "fp8", "--backend", "trt")
     assert result.exit_code == 2
-    assert "pip install 'export-engine[trt]', or --backend trt-rtx" in result.stderr
+    assert "pip install tensorrt cuda-python, or --backend trt-rtx" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from engines.backends import _tensorrt
@@ -35,6 +37,12 @@ def test_the_nearest_recipe_has_its_bits_then_its_activations_then_its_training(
     ) as raised:
         refuse("digits-dit", name, gpu)
     assert f"the nearest shipped recipe that {gpu} runs is {nearest} (" in raised.value.fix
+
+
+def test_where_the_nearest_recipe_has_fewer_bits_one_with_as_many_is_named_too():
+    with pytest.raises(UserError, match=r"stores its weight in int4, with no hardware for it in sm75") as raised:
+        refuse("digits-dit", "dilate-w4a8", "sm75")
+    assert re.search(r"sm75 runs is vq-2bit \(.*\) and, of no fewer bits, dilate-w8a8 \(8 bits", raised.value.fix)
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp4-fp8", "vq-2bit-fp8"])

@@ -380,7 +380,7 @@ def test_why_engines_cannot_run_here_is_said(monkeypatch):
     assert trt.cannot_run() == "no NVIDIA GPU on this machine"
     monkeypatch.setattr(_tensorrt_run.gpus, "detect", lambda: "sm89")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert "export-engine[trt]" in trt.cannot_run()
+    assert "pip install tensorrt" in trt.cannot_run()
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "cuda", None)
     assert "pip install 'cuda-python" in trt.cannot_run()

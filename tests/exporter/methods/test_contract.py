@@ -192,12 +192,12 @@ def test_no_layers_no_factors(name):
 @pytest.mark.parametrize(
     ("name", "values", "named", "fix"),
     [
-        ("gtpq", {}, "'gtpq'", "known: "),
+        ("gtpq", {}, "'gtpq'", "did you mean 'gptvq'? known: "),
         ("smoothqaunt", {}, "'smoothqaunt'", "did you mean 'smoothquant'"),
         ("smoothquant", {"alhpa": 0.5}, "'alhpa'", "did you mean 'alpha'"),
         ("smoothquant", {"alpha": "half"}, "alpha = 'half'", "0.5"),
-        ("smoothquant", {"alpha": True}, "alpha = True", "0.5"),
-        ("smoothquant", {"multiply": 1}, "multiply = 1", "True"),
+        ("smoothquant", {"alpha": True}, "alpha = true", "0.5"),
+        ("smoothquant", {"multiply": 1}, "multiply = 1", "the default is true"),
         ("rtn", {"alpha": 0.5}, "'alpha'", "known: none"),
     ],
 )

@@ -99,7 +99,9 @@ def test_the_rates_fall_by_a_cosine():
     assert [round(phase.share_of_rate(done), 3) for done in (0.0, 0.5, 1.0)] == [1.0, 0.5, 0.0]
 
 
-@pytest.mark.parametrize("options", [{"iterations": -1}, {"batch": 0}, {"weight_rate": -0.1}, {"rows": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"iterations": -1}, {"batch": 0}, {"weight_rate": -0.1}, {"scale_rate": 5000}, {"rows": 1.5}]
+)
 def test_bad_options_are_named(options):
     with pytest.raises(UserError, match=next(iter(options))):
         dilatequant.Options(**options)
@@ -289,9 +291,10 @@ def test_a_killed_run_ends_where_it_would_have(at, tiny, tmp_path, monkeypatch):
     assert quantize(checkpoint, asked(), calibration, tmp_path / "killed").digest == whole.digest
 
 
-def test_training_that_ends_in_no_number_is_taken_back_and_told(tiny, tmp_path):
+def test_training_that_ends_in_no_number_is_taken_back_and_told(tiny, tmp_path, monkeypatch):
     """The loss before the one iteration is a number; what it does to the scales is not."""
     checkpoint, calibration = tiny
+    monkeypatch.setattr(methods, "MOST_RATE", 1e3)
     source = quantize(checkpoint, asked(iterations=1, scale_rate=1e3), calibration, tmp_path / "out")
     (told,) = (record["weights and scales"] for record in source.info["training"].values())
     assert told["error_before"] > 0

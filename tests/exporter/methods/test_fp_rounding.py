@@ -190,6 +190,7 @@ def test_two_trainings_in_one_block_are_refused(tiny, tmp_path):
         ("rate", -0.2),
         ("rate", 0),
         ("activation_rate", 0.0),
+        ("activation_rate", 5000),
         ("regularizer", -5),
     ],
 )

@@ -237,6 +237,7 @@ def test_a_layer_read_by_itself_has_the_bias_that_was_trained(tiny, trained):
         ("rows", 1.5),
         ("warmup", 1.0),
         ("rate", -0.1),
+        ("codebook_rate", 5000),
         ("hold_mb", -1),
     ],
 )
