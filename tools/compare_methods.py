@@ -112,9 +112,10 @@ METHODS = {
     "distilled-by-step": Variant("dilatequant", {"dilate": False}, BY_STEP, trained=True),
     "distilled-dilated": Variant("dilatequant", trained=True),
     "dilatequant": Variant("dilatequant", activation=BY_STEP, trained=True),
+    "dilatequant-by-block": Variant("dilatequant", {"joint": False}, BY_STEP, trained=True),
 }
 DILATE = ("min-max", "one-scale", "smoothquant", "q-diffusion", "by-step", "dilated", "dilated-by-step")
-DILATE += ("distilled", "distilled-by-step", "distilled-dilated", "dilatequant")
+DILATE += ("distilled", "distilled-by-step", "distilled-dilated", "dilatequant", "dilatequant-by-block")
 
 SETTINGS = {
     "int8-int8": Setting(INT8, INT8, recipe="fp8"),

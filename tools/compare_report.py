@@ -16,7 +16,7 @@ BEGIN, END = "<!-- compare_methods: begin -->", "<!-- compare_methods: end -->"
 SHARED = ("model", "seed", "samples", "images", "torch", "diffusers")  # of requests: alike in one table
 ORDER = ("rtn", "search", "learned", "uniform", "kmeans", "gptvq", "vq4dit", "min-max", "one-scale", "smoothquant")
 ORDER += ("q-diffusion", "by-step", "dilated", "dilated-by-step", "distilled", "distilled-by-step")
-ORDER += ("distilled-dilated", "dilatequant")
+ORDER += ("distilled-dilated", "dilatequant", "dilatequant-by-block")
 NAMES = {
     "int8-int8": "INT8 / INT8",
     "fp8-fp8": "FP8 / FP8 (E4M3)",
@@ -54,6 +54,7 @@ MARKERS = {
     "distilled-by-step": "8",
     "distilled-dilated": "p",
     "dilatequant": "^",
+    "dilatequant-by-block": "d",
 }
 
 
@@ -212,6 +213,11 @@ def _dilate_claims(model: str, found: Mapping[str, Json], setting: str) -> list[
             for name in ("by-step", "dilated", "dilated-by-step", "distilled")
             if name in rows
         ]
+    if (name := "dilatequant-by-block") in rows:
+        ahead, intervals = ours["value"] - rows[name]["value"], apart(ours, rows[name])
+        told.append(
+            f"{setting} dilatequant, all blocks jointly, against {name}: {ahead:+.2f} dB, the intervals {intervals}"
+        )
     if "distilled" in rows:
         start = rows["distilled"]
         told += [

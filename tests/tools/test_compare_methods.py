@@ -170,6 +170,8 @@ def test_dilatequant_is_held_against_the_best_of_the_others_and_its_bar():
     assert "(distilled, -1.60 dB, the intervals apart)" in told[1]
     assert told[2] == "w4a4 distilled against one scale: +8.00 dB, the intervals apart"
     assert len(claims(*rows)) == 2  # another model has no bar
+    (_, told) = claims(row("w8a8", "dilatequant", 54.0), row("w8a8", "dilatequant-by-block", 52.5))
+    assert told.endswith("jointly, against dilatequant-by-block: +1.50 dB, the intervals apart")
 
 
 def test_the_document_says_what_the_committed_cells_say(tmp_path):
