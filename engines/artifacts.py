@@ -19,6 +19,7 @@ from engines.errors import UserError
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
+MARK = ".request"  # of a draft: what it is made for
 TIMINGS = "timings.json"  # measured, so outside every digest
 NO_DIGEST = "0" * 64  # stands in a manifest for its own digest while that is taken
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest is text about an artifact; more than this is not one of ours
@@ -319,8 +320,9 @@ class Draft:
 def drafting(path: Path, request: Request, *, resumable: bool = False) -> Iterator[Draft]:
     """Yields a draft in a hidden sibling folder and, on success, renames it to `path`; on an error removes it.
 
-    A `resumable` draft survives a kill, Ctrl-C or an error that keeps it, and is handed back, files and all, to the
-    same request. While one process writes an artifact, another that would is refused.
+    A `resumable` draft survives a kill, Ctrl-C, a full disk or memory, and whatever else is no fault of the request,
+    and is handed back, files and all, to the same request. While one process writes an artifact, another that would is
+    refused.
     """
     path = path.resolve()  # so that `.` has a name, and a link keeps pointing at what is written
     partial = path.with_name(f".{path.name}.partial")
@@ -334,7 +336,7 @@ def drafting(path: Path, request: Request, *, resumable: bool = False) -> Iterat
 
 def _drafted(partial: Path, path: Path, request: Request, resumable: bool) -> Iterator[Draft]:
     with writing_errors(path):
-        mark = partial / ".request"
+        mark = partial / MARK
         resumed = resumable and mark.is_file() and mark.read_text(encoding="utf-8") == request.digest
         if not resumed:
             _empty(partial)
@@ -345,8 +347,8 @@ def _drafted(partial: Path, path: Path, request: Request, resumable: bool) -> It
             yield draft
             _finish(draft, path, request, started)
     except BaseException as error:
-        kept = isinstance(error, KeyboardInterrupt) or (isinstance(error, UserError) and error.keeps)
-        if not (resumable and kept):
+        refused = isinstance(error, UserError) and not (error.keeps or isinstance(error.__cause__, OSError))
+        if refused or not resumable:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -397,9 +399,9 @@ def _empty(folder: Path) -> None:
 
 
 def _finish(draft: Draft, path: Path, request: Request, started: float) -> None:
-    (draft.path / ".request").unlink()
+    own = {draft.path / name for name in (MARK, MANIFEST, TIMINGS)}  # the last two of a try that got no further
     files = {}
-    for file in sorted(p for p in draft.path.rglob("*") if p.is_file()):
+    for file in sorted(p for p in draft.path.rglob("*") if p.is_file() and p not in own):
         files[file.relative_to(draft.path).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest_file(file)}
         _fsync(file)
     manifest: Json = {"schema_version": SCHEMA_VERSION, **request.to_json(), "request": request.digest}
@@ -408,6 +410,7 @@ def _finish(draft: Draft, path: Path, request: Request, started: float) -> None:
     if draft.timed:
         spent = {"seconds": time.monotonic() - started, "resumed": draft.resumed}
         write_json(draft.path / TIMINGS, spent | draft.timings)
+    (draft.path / MARK).unlink()
     _fsync(draft.path)
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -477,10 +480,11 @@ def writing_errors(path: Path) -> Iterator[None]:
 
 
 _FIX = "choose another --out, or make this one writable"
+_LEFT = "what is finished is kept, nothing half-written"
 _FIXES = {
-    errno.ENOSPC: "free some space or choose an --out on a larger disk; nothing half-written was left",
-    errno.EDQUOT: "free some of your quota or choose another --out; nothing half-written was left",
-    errno.EFBIG: "raise the file-size limit (ulimit -f) or choose another --out; nothing half-written was left",
+    errno.ENOSPC: f"free some space or choose an --out on a larger disk; {_LEFT}",
+    errno.EDQUOT: f"free some of your quota or choose another --out; {_LEFT}",
+    errno.EFBIG: f"raise the file-size limit (ulimit -f) or choose another --out; {_LEFT}",
 }
 
 

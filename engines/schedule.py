@@ -149,7 +149,7 @@ class _Stepped:
             return
         apart = np.abs(self._timesteps[None] - timesteps[:, None])
         near = apart.min(axis=1, initial=np.inf) + self._slack
-        wrong = ~(apart[np.arange(len(apart)), steps] <= near)  # so that a timestep that is no number is wrong
+        wrong = ~(np.isfinite(timesteps) & (apart[np.arange(len(apart)), steps] <= near))
         if wrong.any():
             row = int(wrong.argmax())
             step = int(steps[row])

@@ -210,8 +210,11 @@ def _training_seconds(work: Workload) -> list[float]:
 
 def _target_bytes(work: Workload, training: Training) -> int:
     """Returns the disk that a method's targets take until it is done: outputs of blocks for every row, fp32."""
-    rows = min(training.options.rows, work.records) * (1 + 1 / APART)
-    return int(rows * sum(work.planned.block_bytes.values()))
+    rows, sizes = min(training.options.rows, work.records) * (1 + 1 / APART), work.planned.block_bytes.values()
+    spilled = 0.0
+    if not training.options.joint:  # one block's inputs, and its targets once more
+        spilled = max(0.0, 2 * rows * max(sizes, default=0) - (training.options.hold_mb << 20))
+    return int(rows * sum(sizes) + spilled)
 
 
 def _lower(work: Workload, dtype: str) -> Estimate:

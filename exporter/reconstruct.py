@@ -122,7 +122,8 @@ def _check_space(folder: Path, needed: int) -> None:
     if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(
             f"{folder}: the blocks' outputs want {needed / 1e9:.1f} GB more of disk, and {free / 1e9:.1f} GB are free",
-            fix="train on fewer rows (the method's option `rows`), or free some",
+            fix="free some, and the same command goes on; or train on fewer rows (the method's option `rows`)",
+            keeps=True,
         )
 
 
@@ -190,6 +191,8 @@ class BlockCalls(Calls):
             targets = _read(_target(folder, block, number))
             tensors |= {f"out{name}": target for name, target in targets.items()}
             held += sum(tensor.nbytes for tensor in tensors.values())
+            if number == 0:
+                _check_space(folder, held * len(samples.chunks) - hold)
             if held > hold:
                 path = folder / block / f"call-{number:05d}.safetensors"
                 save_tensors(tensors, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -45,9 +46,9 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def fail(path: Path, error: BaseException, request: Request = REQUEST) -> None:
+def fail(path: Path, error: BaseException, request: Request = REQUEST, *, resumable: bool = True) -> None:
     """Starts an artifact, writes one file of it and raises."""
-    with drafting(path, request, resumable=True) as draft:
+    with drafting(path, request, resumable=resumable) as draft:
         (draft.path / "shard-0").write_bytes(b"done before the end")
         raise error
 
@@ -305,24 +306,29 @@ def test_the_digest_of_a_request_does_not_depend_on_the_order_of_its_keys():
 @pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), UserError("no", fix="yes"), SystemExit(3)])
 def test_an_exception_inside_leaves_nothing(tmp_path, error):
     with pytest.raises(type(error)) as caught:
-        fail(tmp_path / "graph", error)
+        fail(tmp_path / "graph", error, resumable=False)
     assert caught.value is error
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_the_request_leaves_nothing_of_a_resumable_draft(tmp_path):
+    with pytest.raises(UserError):
+        fail(tmp_path / "graph", UserError("no", fix="yes"))
     assert names(tmp_path) == []
 
 
 def test_an_exception_inside_leaves_an_older_artifact_as_it_was(made):
     before = snapshot(made)
     with pytest.raises(RuntimeError):
-        fail(made, RuntimeError(), OTHER)
+        fail(made, RuntimeError(), OTHER, resumable=False)
     assert snapshot(made) == before
     assert names(made.parent) == ["graph"]
 
 
 def test_facts_that_json_cannot_hold_leave_nothing(tmp_path):
-    with pytest.raises((ValueError, TypeError)):
-        make(tmp_path / "graph", psnr=float("inf"))
-    with pytest.raises((ValueError, TypeError)):
-        make(tmp_path / "graph", path=Path("x"))
+    for fact in (float("inf"), Path("x")):
+        with pytest.raises((ValueError, TypeError)), drafting(tmp_path / "graph", REQUEST) as draft:
+            draft.info = {"fact": fact}
     assert names(tmp_path) == []
 
 
@@ -535,7 +541,7 @@ def test_a_name_too_long_for_the_disk_is_the_users_error(tmp_path):
 )
 def test_what_the_disk_refuses_is_the_users_error_and_leaves_nothing(tmp_path, code, fix):
     with pytest.raises(UserError, match="graph: could not be written") as caught:
-        fail(tmp_path / "graph", OSError(code, os.strerror(code)))
+        fail(tmp_path / "graph", OSError(code, os.strerror(code)), resumable=False)
     assert os.strerror(code) in caught.value.what
     assert fix in caught.value.fix
     assert names(tmp_path) == []
@@ -547,15 +553,43 @@ def test_a_disk_that_is_full_only_at_the_end_leaves_nothing_either(tmp_path, mon
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="could not be written") as caught:
-        make(tmp_path / "graph")
-    assert "nothing half-written was left" in caught.value.fix
+    with pytest.raises(UserError, match="could not be written") as caught, drafting(tmp_path / "graph", REQUEST):
+        pass
+    assert "what is finished is kept, nothing half-written" in caught.value.fix
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), MemoryError(), RuntimeError("can't allocate memory")])
+def test_what_is_no_fault_of_the_request_costs_a_resumable_draft_nothing(tmp_path, error):
+    with pytest.raises((UserError, MemoryError, RuntimeError)) as caught:
+        fail(tmp_path / "graph", error)
+    if isinstance(caught.value, UserError):
+        assert "what is finished is kept" in caught.value.fix
+    with drafting(tmp_path / "graph", REQUEST, resumable=True) as draft:
+        assert draft.resumed
+        assert (draft.path / "shard-0").read_bytes() == b"done before the end"
+
+
+@pytest.mark.parametrize("nth", [1, 2])  # a file, the manifest
+def test_a_disk_that_is_full_at_the_very_end_costs_a_resumable_draft_nothing(tmp_path, monkeypatch, nth):
+    path, calls, flush = tmp_path / "graph", itertools.count(1), os.fsync
+
+    def full_once(handle: int) -> None:
+        if next(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", full_once)
+    with pytest.raises(UserError, match="could not be written"):
+        make(path, files={"model.onnx": b"a graph"})
+    with drafting(path, REQUEST, resumable=True) as draft:
+        assert draft.resumed
+    assert open_artifact(path, "graph").files() == ["model.onnx"]
 
 
 def test_other_faults_of_the_system_are_passed_on(tmp_path):
     with pytest.raises(OSError, match="nothing to do with writing") as caught:
-        fail(tmp_path / "graph", OSError(errno.EPIPE, "nothing to do with writing"))
+        fail(tmp_path / "graph", OSError(errno.EPIPE, "nothing to do with writing"), resumable=False)
     assert caught.value.errno == errno.EPIPE
     assert names(tmp_path) == []
 

@@ -102,8 +102,9 @@ def test_steps_that_are_nearest_to_another_schedules_timesteps_are_taken():
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_timestep_that_is_no_number_is_of_no_schedule(step):
     runner = schedule.with_steps(Echo(), GRAPH, None)
-    with pytest.raises(UserError, match=f"timestep nan at step {step}"):
-        runner.run({"step": np.array([step]), "timestep": np.array([np.nan])})
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(UserError, match=f"timestep {value:g} at step {step}"):
+            runner.run({"step": np.array([step]), "timestep": np.array([value])})
     for nearest in (False, True):
         with pytest.raises(UserError, match="timestep nan is no number"):
             schedule.steps_at(GRAPH, [900.0, np.nan], nearest=nearest)

@@ -62,7 +62,7 @@ void Steps::check_schedule(const Tensor& timestep, const std::int64_t* step) con
     double nearest = INFINITY;
     for (const double own : timesteps_) nearest = std::min(nearest, std::abs(own - value));
     const double own = timesteps_[static_cast<std::size_t>(step[row])];
-    if (std::abs(own - value) <= nearest + slack_) continue;
+    if (std::isfinite(value) && std::abs(own - value) <= nearest + slack_) continue;
     throw Fault(Code::invalid_argument,
                 engine_ + ": timestep " + number(value) + " at step " + std::to_string(step[row]) +
                     ", whose scales are for timestep " + number(own) + ": another schedule than the " +
