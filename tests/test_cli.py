@@ -421,7 +421,7 @@ def test_a_stage_given_another_stages_folder_names_both_kinds(cli, graph_of, tmp
 
 @pytest.mark.parametrize("limit", [4_000, 120_000])
 def test_a_full_disk_is_a_message_and_leaves_nothing_half_written(limit, cli, tiny_folder, tiny_recipe, tmp_path):
-    """A file-size limit stands in for the disk: the first stops calibrate, whose shards are kept, the second quantize."""
+    """A file-size limit stands in for the disk: one stops calibrate, which keeps whole shards, the other quantize."""
     process = cli(
         "run",
         tiny_folder,

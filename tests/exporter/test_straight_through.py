@@ -23,6 +23,15 @@ def test_gradients_are_those_of_lsq():
     assert torch.equal(straight_through(x, scale, fmt), values * scale)
 
 
+def test_the_gradient_of_a_zero_point_is_that_of_lsq_plus():
+    """ŷ = s (q − β): beyond the ends q is fixed, so ∂ŷ/∂β = −s; inside it is as good as x, so 0."""
+    shift = torch.tensor([[1.0], [-2.0]], requires_grad=True)
+    scale, weights = torch.tensor([[0.5], [0.25]]), torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    x = torch.tensor([[-9.0, 0.3, 9.0], [9.0, 0.1, 0.2]])  # beyond, inside, beyond; beyond, inside, inside
+    (straight_through(x, scale, Int(4), shift) * weights).sum().backward()
+    assert shift.grad.tolist() == [[-0.5 * (1.0 + 4.0)], [-0.25 * 8.0]]
+
+
 @pytest.mark.parametrize("shift", [None, 0.0])
 def test_the_lowest_code_of_integers_is_inside(shift):
     x = torch.tensor([-9.0, -7.8, -7.2, 7.4, 8.0], requires_grad=True)

@@ -20,7 +20,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.dilation import dilation
 from exporter.formats.int import Format as Int
 from exporter.methods import dilatequant
-from exporter.modules import quantized_layer
+from exporter.modules import multiply_input, quantized_layer
 from exporter.quantize import quantize
 from exporter.recipe import WeightSpec
 from exporter.report import method_lines
@@ -28,12 +28,14 @@ from exporter.runners import TorchRunner
 from exporter.specs import LayerSpec, oriented
 
 
-def layer_of(*, conv=False, count=3, shifted=False, bits=4, **options):
+def layer_of(*, conv=False, count=3, shifted=False, multiplied=False, bits=4, **options):
     """Returns a float layer and the one that trains in its place, with a scale for each of `count` steps."""
     torch.manual_seed(0)
     source = nn.Conv2d(6, 8, 3, padding=1) if conv else nn.Linear(16, 8)
     source.requires_grad_(False)
-    spec = LayerSpec(Int(bits), "channel", 0, Int(bits), steps=count, shifted=shifted)
+    if multiplied:
+        multiply_input(source, torch.linspace(0.25, 2.0, 6 if conv else 16))
+    spec = LayerSpec(Int(bits), "channel", 0, Int(bits), steps=count, shifted=shifted, multiplied=multiplied)
     start = methods.load("rtn").quantize_weight(oriented(source, spec), WeightSpec(Int(bits)), 0 if conv else 1, None)
     activation = {"activation_scale": torch.linspace(0.2, 0.4, count or 1).reshape(count or ()).half().float()}
     if shifted:
@@ -43,13 +45,16 @@ def layer_of(*, conv=False, count=3, shifted=False, bits=4, **options):
 
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
 @pytest.mark.parametrize(("count", "shifted"), [(0, False), (3, False), (3, True)], ids=["one", "steps", "shifted"])
-def test_what_trains_is_what_ships(conv, count, shifted):
-    source, layer = layer_of(conv=conv, count=count, shifted=shifted)
+@pytest.mark.parametrize("multiplied", [False, True], ids=["as it comes", "multiplied"])
+def test_what_trains_is_what_ships(conv, count, shifted, multiplied):
+    source, layer = layer_of(conv=conv, count=count, shifted=shifted, multiplied=multiplied)
     with torch.no_grad():  # as if it had been trained
         for parameter in (layer.weight, layer.log_weight_scale, layer.log_scale):
             parameter += 0.03 * torch.randn(parameter.shape)
     shipped = quantized_layer(source, layer.spec)
     shipped._buffers |= layer.state()
+    if multiplied:
+        shipped.input_multiplier = source.get_buffer("input_multiplier")
     if count:
         shipped.sum_shift()
     x = torch.randn(5, 6, 7, 7) if conv else torch.randn(5, 4, 16)
@@ -118,10 +123,47 @@ def tiny(tmp_path_factory):
 STEPPED = {"format": "int", "bits": 4, "observer": "mse", "granularity": "step"}
 
 
-def asked(**options):
+PRODUCTS = {"layers": "*", "type": "attention", "activation": STEPPED}
+
+
+def asked(*others, zero_point=False, **options):
     method = {"name": "dilatequant", "iterations": 30, "batch": 8, "rows": 32, **options}
-    rule = {"layers": "*", "weight": {"format": "int", "bits": 4}, "activation": STEPPED, "method": method}
-    return recipe.parse("test", {"rule": [{"layers": "*", "scope": "outside_blocks", "keep": "float"}, rule]})
+    activation = STEPPED | ({"zero_point": True} if zero_point else {})
+    rule = {"layers": "*", "weight": {"format": "int", "bits": 4}, "activation": activation, "method": method}
+    return recipe.parse("test", {"rule": [{"layers": "*", "scope": "outside_blocks", "keep": "float"}, *others, rule]})
+
+
+@pytest.mark.parametrize(
+    ("others", "zero_point"), [((), True), ((PRODUCTS | {"scope": "blocks"},), False)], ids=["zero points", "products"]
+)
+def test_what_was_judged_while_training_is_what_ships(others, zero_point, tiny, tmp_path, monkeypatch):
+    """The error on trajectories kept apart is that of the model as it is loaded, attention's products and all."""
+    checkpoint, calibration = tiny
+    judged, original = [], reconstruct.Calls.error
+
+    def error(self):
+        rows = [self.read(i) for i in range(self._training, self._chunks)]
+        judged.append((self, rows, original(self)))
+        return judged[-1][-1]
+
+    monkeypatch.setattr(reconstruct.Calls, "error", error)
+    ask = asked(*others, zero_point=zero_point, iterations=60, shift_rate=0.1)
+    source = quantize(checkpoint, ask, calibration, tmp_path / "out")
+    start = quantize(checkpoint, asked(*others, zero_point=zero_point, iterations=0), calibration, tmp_path / "start")
+    (_, _, before), (calls, rows, after) = judged
+    assert rows
+    assert after < 0.9 * before
+    model = quantized.load(source)
+    shipped = reconstruct.ModelCalls(model, checkpoint.family, calls._blocks, calls._samples, tmp_path)
+    with torch.no_grad():
+        errors = [float(shipped.loss(chunk)) for chunk in rows]
+    assert sum(errors) / len(errors) == pytest.approx(after, rel=1e-3)  # fp32 sums in another order flip a code or two
+    leaf = "activation_shift" if zero_point else "activation_scale"
+    names = [name for name, _ in model.named_buffers() if name.endswith(leaf) and (zero_point or "products" in name)]
+    untrained = quantized.load(start)
+    assert names
+    moved = [not torch.equal(model.get_buffer(name), untrained.get_buffer(name)) for name in names]
+    assert any(moved) if zero_point else all(moved)  # zero points are whole numbers: some end where they began
 
 
 @pytest.mark.parametrize("joint", [True, False], ids=["jointly", "by blocks"])
@@ -162,12 +204,28 @@ def test_dilation_moves_no_output_and_is_logged(tiny, tmp_path):
     feeds = next(CalibrationSet(calibration).batches(CalibrationSet(calibration).shards))
     plain_model, dilated = checkpoint.load(), checkpoint.load()
     explicit = scaling.apply(dilated, checkpoint.family.folds(dilated), factors)
+    for paths in factors:  # no output's range grows, of any layer that reads the tensor; multipliers are in fp16
+        for path in paths.split("+"):
+            own, was = (m.get_submodule(path).weight.abs().amax(dim=1) for m in (dilated, plain_model))
+            assert (own <= 1.001 * was).all(), path  # values' rows shrink by what their readers are widened by
+    assert any("+" in paths for paths in factors)
     assert explicit  # folds and multipliers, both
     assert len(explicit) < len(factors)
     outputs = [TorchRunner("m", m, checkpoint.family).run_tensors(feeds)["sample"] for m in (plain_model, dilated)]
     assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5)  # fp32 products of other factors, multipliers in fp16
     plain = quantize(checkpoint, asked(iterations=0, dilate=False), calibration, tmp_path / "plain")
     assert quantized.factors(plain) == {}
+
+
+def test_a_grouped_convolution_is_dilated_by_its_own_parts():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(12, 6, 3, groups=3)
+    model = nn.ModuleDict({"conv": conv})
+    found = dilatequant.factors(model, ["conv"], [], {}, dilatequant.Options())
+    assert torch.equal(found["conv"], dilation(conv.weight, groups=3))
+    before = conv.weight.detach().abs().amax(dim=(1, 2, 3))
+    assert scaling.apply(model, [], found) == ["conv"]
+    assert torch.allclose(conv.weight.detach().abs().amax(dim=(1, 2, 3)), before, rtol=1e-3)
 
 
 def test_a_loss_that_is_no_number_stops_with_the_blocks_name_and_keeps_what_was_done(tiny, tmp_path, monkeypatch):
@@ -233,9 +291,6 @@ def test_weights_that_dilation_says_nothing_of_are_refused(weight):
         recipe.parse("mine", {"rule": [{"layers": "*", "weight": weight, "method": {"name": "dilatequant"}}]})
 
 
-PRODUCTS = {"layers": "*", "type": "attention", "activation": STEPPED}
-
-
 @pytest.mark.parametrize("activation", [STEPPED, None], ids=["layers", "attention's products"])
 def test_steps_that_are_not_recorded_cannot_be_trained(activation):
     *rules, rule = asked().source["rule"]
@@ -285,10 +340,11 @@ def test_a_layer_of_zeros_stays_one():
 @pytest.mark.parametrize("at", [3, 17])
 def test_a_killed_run_ends_where_it_would_have(at, tiny, tmp_path, monkeypatch):
     checkpoint, calibration = tiny
-    whole = quantize(checkpoint, asked(), calibration, tmp_path / "whole")
+    ask = asked(PRODUCTS | {"scope": "blocks"})
+    whole = quantize(checkpoint, ask, calibration, tmp_path / "whole")
     with killed_after(at, monkeypatch):
-        quantize(checkpoint, asked(), calibration, tmp_path / "killed")
-    assert quantize(checkpoint, asked(), calibration, tmp_path / "killed").digest == whole.digest
+        quantize(checkpoint, ask, calibration, tmp_path / "killed")
+    assert quantize(checkpoint, ask, calibration, tmp_path / "killed").digest == whole.digest
 
 
 def test_training_that_ends_in_no_number_is_taken_back_and_told(tiny, tmp_path, monkeypatch):
