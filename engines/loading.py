@@ -54,6 +54,8 @@ class Engine:
     def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Returns outputs that speak DLPack; feeds are read where they lie (CPU or GPU), without a copy.
 
+        But `step` and `timestep`, of engines with a scale for every step, are from the CPU: they are checked there.
+
         ONNX Runtime's outputs lie there too, those of TensorRT on the host. Feeds are of the engine's own
         types: floats `dtype`, but inputs that the contract calls fp32 or int64.
         """

@@ -118,9 +118,19 @@ class _Stepped:
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         return self._runner.run(self._with_step(feeds))
 
+    def __getattr__(self, name: str) -> Any:
+        """What else its runner can do, such as `refit`."""
+        return getattr(self._runner, name)
+
     def run_dlpack(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Runs as its runner's does; `step` and `timestep` are read on the host, to be checked."""
-        hosted = {name: as_numpy(feeds[name]) for name in ("step", "timestep") if name in feeds}
+        try:
+            hosted = {name: as_numpy(feeds[name]) for name in ("step", "timestep") if name in feeds}
+        except UserError as error:
+            raise UserError(
+                f"{self.name}: `step` and `timestep` are checked on the host: {error.what}",
+                fix="feed these two from the CPU, in types that numpy has; all else may lie on the GPU",
+            ) from error
         found: dict[str, Any] = cast(Any, self._runner).run_dlpack({**feeds, **self._with_step(hosted)})
         return found
 

@@ -67,6 +67,11 @@ class Stepped:
             self._scales[step] = float(scale_for(torch.tensor(self._seen.range(fmt)), fmt))
         self._seen = self._fresh()
 
+    @property
+    def clamped(self) -> int:
+        """How many of the scales found are below the least that there is."""
+        return sum(scale < LEAST_SCALE for scale in self._scales.values())
+
     def state(self) -> State:
         """Returns a scale, and with zero points a shift, for every step, [steps]; steps not seen have the nearest's."""
         known = torch.tensor(sorted(self._scales))
@@ -119,6 +124,11 @@ def observe(
     if one:
         progress.note(
             f"note: {len(one)} layers read other rows than one for each step fed, and have one scale: {one[0]!r} …"
+        )
+    if few := {path: one.clamped for path, one in seen.items() if isinstance(one, Stepped) and one.clamped}:
+        progress.note(
+            f"note: {sum(few.values())} scales of a step, of {len(few)} layers, are smaller than graphs hold and are "
+            f"{LEAST_SCALE:.3g}, so those inputs have fewer codes: {next(iter(few))!r} …"
         )
     states: dict[str, State] = {}
     device = devices.of(model)

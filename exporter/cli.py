@@ -16,6 +16,9 @@ from engines.version import __version__
 
 FOLDER = click.Path(path_type=Path)
 OUT = click.option("--out", type=FOLDER, required=True, help="Folder to write.")
+IMAGES = click.option(
+    "--images", type=click.IntRange(min=2), help="Images to draw and score (default: 256; each three times)."
+)
 STEPS = click.option("--steps", type=click.IntRange(min=1), help="Sampling steps (default: the model's own).")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 GPU = click.option("--gpu", help="Target of TensorRT backends, e.g. sm89 (default: this machine's, else sm89).")
@@ -79,6 +82,7 @@ def main() -> None:
 @STEPS
 @PROMPTS
 @click.option("--calibration", type=FOLDER, help="A calibration set to use again, e.g. that of another recipe's run.")
+@IMAGES
 @DEVICE
 @SEED
 @JSON
@@ -96,6 +100,7 @@ def run(
     steps: int | None,
     prompts: Path | None,
     calibration: Path | None,
+    images: int | None,
     device: str,
     seed: int,
     as_json: bool,
@@ -111,7 +116,7 @@ def run(
     opened = _checkpoint(model, steps, seed)
     report = runs.run(
         opened, _recipe(recipe), out, backend_names=backends, gpu=gpu, dtype=dtype, options=options, seed=seed,
-        prompts=asked, calibration=calibration, device=where,
+        prompts=asked, calibration=calibration, images=images, device=where,
     )  # fmt: skip
     thresholds.keep(limits, out)
     _report(report, as_json, out)
@@ -124,6 +129,7 @@ def run(
 @GPU
 @click.option("--dtype", help="Float type of the graphs, fp16 or fp32 (default: each backend's own).")
 @STEPS
+@IMAGES
 @click.option("--out", type=FOLDER, help="Where the run would write: its disk is looked at.")
 @click.option("--no-prove", is_flag=True, help="Do not build a small layer of each kind.")
 @JSON
@@ -134,6 +140,7 @@ def preflight(
     gpu: str | None,
     dtype: str | None,
     steps: int | None,
+    images: int | None,
     out: Path | None,
     no_prove: bool,
     as_json: bool,
@@ -144,7 +151,8 @@ def preflight(
         from exporter import preflight as stage
 
         found = stage.planned(_checkpoint(model, steps, 0), _recipe(recipe))
-        report = stage.preflight(found, stage.targets(backends, gpu, dtype), out=out, proved=not no_prove)
+        asked = stage.targets(backends, gpu, dtype)
+        report = stage.preflight(found, asked, images=images, out=out, proved=not no_prove)
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
@@ -260,7 +268,7 @@ def build(
 @main.command()
 @click.argument("run", type=FOLDER)
 @click.option("--layers", is_flag=True, help="Also rank layers and steps by the damage each does alone.")
-@click.option("--images", type=click.IntRange(min=2), help="Images to score (default: as run does, 256).")
+@IMAGES
 @DEVICE
 @SEED
 @JSON

@@ -15,7 +15,6 @@ from typing import Any
 from engines.artifacts import Json
 from exporter.calibrate import BATCH
 from exporter.dry_run import DryRun
-from exporter.images import IMAGES
 from exporter.lower import EXTERNAL_BYTES
 from exporter.quantize import REFERENCE_ROWS, REFERENCE_STEPS
 from exporter.quantized import SHARD_BYTES
@@ -72,6 +71,7 @@ class Workload:
     dtypes: Mapping[str, str]  # of each backend's graph
     quantizers: int  # of activations
     rows: Mapping[int, int]  # that are run at once, of so many at most
+    images: int  # that are judged
     trainings: Sequence[Training] = ()
 
     @property
@@ -259,10 +259,10 @@ def _validate(work: Workload) -> Estimate:
     held = {
         "models": work.float_bytes + decoded + work.code_bytes + _rest(work),
         "engine": round(engine * OPENED),
-        "pictures": round(RATES["pictures"] * WORD * IMAGES * work.latent),
+        "pictures": round(RATES["pictures"] * WORD * work.images * work.latent),
         "activations": RUNNERS * _scratch(work.plain.peak_bytes * rows),
     }
-    calls = RUNNERS * (IMAGES * work.steps * work.guided)
+    calls = RUNNERS * (work.images * work.steps * work.guided)
     return _of("validate", held, 2 * _load_seconds(work) + _call_seconds(work, calls))
 
 

@@ -27,6 +27,7 @@ from exporter.calibrate import BATCH
 from exporter.checkpoint import Checkpoint
 from exporter.dry_run import DryRun
 from exporter.estimate import Estimate, Training, Workload
+from exporter.images import IMAGES
 from exporter.plan import Plan, plan_layers
 from exporter.prove import Proof, prove
 from exporter.quantize import REFERENCE_ROWS
@@ -71,14 +72,21 @@ def planned(checkpoint: Checkpoint, recipe: Recipe) -> Planned:
     return Planned(checkpoint, recipe, model, plan_layers(model, checkpoint.family, recipe))
 
 
-def preflight(found: Planned, targets: Sequence[Target], *, out: Path | None = None, proved: bool = True) -> Json:
+def preflight(
+    found: Planned,
+    targets: Sequence[Target],
+    *,
+    images: int | None = None,
+    out: Path | None = None,
+    proved: bool = True,
+) -> Json:
     """Returns the report; raises a UserError that names the layer, the target and a recipe that fits if it cannot work.
 
     With `proved`, every target of a library that builds for GPUs without one is proven by building a small layer of
     each kind.
     """
     support.refuse(found.checkpoint, found.recipe, found.model, found.plan, targets)
-    work = workload(found, targets)
+    work = workload(found, targets, images or IMAGES)
     told = estimate.estimates(work)
     report: Json = {
         "model": {"name": found.checkpoint.name, "class": found.checkpoint.family.CLASS, "parameters": work.parameters},
@@ -194,8 +202,8 @@ def _bytes(found: Planned, work: Workload) -> Json:
     }
 
 
-def workload(found: Planned, targets: Sequence[Target]) -> Workload:
-    """Returns what there is to do."""
+def workload(found: Planned, targets: Sequence[Target], images: int = IMAGES) -> Workload:
+    """Returns what there is to do, `images` to judge by included."""
     checkpoint, family, plan = found.checkpoint, found.checkpoint.family, found.calibrated
     calibration = found.recipe.calibration
     guided = 2 if float(checkpoint.sampler["guidance_scale"]) != 1.0 and family.guided() else 1
@@ -219,7 +227,7 @@ def workload(found: Planned, targets: Sequence[Target]) -> Workload:
         dtypes={target.backend: target.dtype for target in targets},
         quantizers=sum(spec.activation is not None for spec in plan.specs.values()) + len(plan.points),
         rows={most: family.rows(most) for most in (BATCH, REFERENCE_ROWS, ROWS)},
-        trainings=trainings(found, layers, watched),
+        images=images, trainings=trainings(found, layers, watched),
     )  # fmt: skip
 
 

@@ -389,7 +389,7 @@ class _Saved:
         if self._state:
             self.phase, self.error = int(self._state["phase"]), float(self._state["error"])
             _set(self._all, self._list("parameter"))
-            self.before = self._list("before")
+            self.before = [tensor.clone() for tensor in self._list("before")]
 
     def _list(self, name: str) -> list[torch.Tensor]:
         return [self._state[f"{name}.{i}"] for i in range(sum(key.startswith(f"{name}.") for key in self._state))]
@@ -410,7 +410,8 @@ class _Saved:
                 like = torch.empty(()) if name == "step" else parameter
                 like = torch.empty_like(like, device=parameter.device).copy_(value)
                 optimizer.state[parameter][name] = like
-        return int(self._state["iteration"])
+        iteration, self._state = int(self._state["iteration"]), {}  # the file is mapped while anything of it is held
+        return iteration
 
     def save(self, iteration: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
         """Writes everything, whole or not at all, if the last time is long enough ago."""

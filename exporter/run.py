@@ -45,12 +45,13 @@ def run(
     seed: int = 0,
     prompts: Sequence[str] | None = None,
     calibration: Path | None = None,
+    images: int | None = None,
     device: torch.device = devices.CPU,
 ) -> Json:
     """Calibrates, quantizes, lowers, builds and validates into `out`; returns the report.
 
     `prompts` are the user's own for calibration; `calibration` is a set to use again, as another recipe's run left it.
-    PyTorch samples and trains on `device`.
+    `images` are drawn and scored (default: IMAGES). PyTorch samples and trains on `device`.
     """
     targets = targets_of(backend_names, gpu, dtype, options or Options())
     model = checkpoint.skeleton()
@@ -73,7 +74,7 @@ def run(
             for t in targets
         }  # fmt: skip
         remove_stale(out, source)
-        return report(checkpoint, Run(source, graphs, engines), out, seed=seed, device=device)
+        return report(checkpoint, Run(source, graphs, engines), out, seed=seed, images=images, device=device)
 
 
 def _calibration(

@@ -1,6 +1,8 @@
 """Draws with DiT, its denoiser an engine.
 
-export-engine run PIPELINE --recipe fp8 --steps 50 --out RUN && export-engine bundle RUN --out BUNDLE
+Put {"steps": 50, "guidance_scale": 4} as sampler.json into PIPELINE: else it is calibrated without guidance.
+
+export-engine run PIPELINE --recipe fp8 --out RUN && export-engine bundle RUN --out BUNDLE
 python diffusers_dit.py PIPELINE BUNDLE --label 207 --out picture.png
 """
 

@@ -1,6 +1,8 @@
 """Draws with PixArt-Σ, its denoiser an engine.
 
-export-engine run PIPELINE --recipe fp8 --steps 20 --out RUN && export-engine bundle RUN --out BUNDLE
+Put {"steps": 20, "guidance_scale": 4.5} as sampler.json into PIPELINE: else it is calibrated without guidance.
+
+export-engine run PIPELINE --recipe fp8 --out RUN && export-engine bundle RUN --out BUNDLE
 python diffusers_pixart.py PIPELINE BUNDLE --prompt "a fox in the snow" --out picture.png
 """
 

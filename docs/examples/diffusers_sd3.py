@@ -1,6 +1,8 @@
 """Draws with Stable Diffusion 3, its denoiser an engine.
 
-export-engine run PIPELINE --recipe fp8 --steps 28 --out RUN && export-engine bundle RUN --out BUNDLE
+Put {"steps": 28, "guidance_scale": 7} as sampler.json into PIPELINE: else it is calibrated without guidance.
+
+export-engine run PIPELINE --recipe fp8 --out RUN && export-engine bundle RUN --out BUNDLE
 python diffusers_sd3.py PIPELINE BUNDLE --prompt "a fox in the snow" --out picture.png
 """
 

@@ -1,6 +1,8 @@
 """Draws with SDXL, its denoiser an engine.
 
-export-engine run PIPELINE --recipe fp8 --steps 50 --out RUN && export-engine bundle RUN --out BUNDLE
+Put {"steps": 50, "guidance_scale": 5} as sampler.json into PIPELINE: else it is calibrated without guidance.
+
+export-engine run PIPELINE --recipe fp8 --out RUN && export-engine bundle RUN --out BUNDLE
 python diffusers_sdxl.py PIPELINE BUNDLE --prompt "a fox in the snow" --out picture.png
 """
 

@@ -122,8 +122,8 @@ def note(graph: Json, options: Options) -> str | None:
         return None
     return (
         f"ort: no native kernels for codebooks ({native.why_not()}): the portable path runs, slower, to the same "
-        "numbers\n  fix: install a C++ compiler and ONNX Runtime's headers, then this package again (README, "
-        "Below 4 bits on a CPU); or use --decode load"
+        "numbers\n  fix: install a C++ compiler and ONNX Runtime's headers, then this package again (docs/recipes.md, "
+        "On a CPU); or use --decode load"
     )
 
 

@@ -41,7 +41,8 @@ CHOOSES_FORMAT = False
 class Options:
     """Whether weights are dilated, then how all is trained on `rows` of the calibration set.
 
-    `dilate`: where a factor folds exactly, and with `multiply` also where the layer multiplies its own input by it.
+    `dilate`: where a factor folds exactly, and with `multiply` also where the layer multiplies its own input by it; no
+    output channel's range grows, also where a weight has one range as a whole.
     `output`: weights start from the ranges with the least error of the layer's output, not of the weight. Then
     `iterations` on batches of `batch` rows, at rates that fall by a cosine: `weight_rate` in units of the mean step
     between a weight's codes, `scale_rate` and `activation_rate` of logarithms of scales, `shift_rate` of zero points in

@@ -24,7 +24,7 @@ Config = Mapping[str, Any]
 Tensors = dict[str, torch.Tensor]
 
 # Latent positions of the largest batch, both choices: what an engine reserves memory for, and what is run here at once.
-ENGINE_POSITIONS, POSITIONS = 1 << 18, 1 << 16
+ENGINE_POSITIONS, POSITIONS = 1 << 18, 1 << 14
 
 
 @dataclass(frozen=True)

@@ -129,3 +129,29 @@ def test_a_graph_that_wants_the_tables_row_is_given_it(tmp_path):
     engine = SimpleNamespace(file=lambda name: tmp_path / name)
     runner = schedule.with_steps(Echo(), GRAPH | {"step_input": "row"}, engine)
     assert runner.run(fed([3, 1]))[schedule.ROW].tolist() == table[[3, 1]].tolist()
+
+
+def test_what_is_checked_on_the_host_is_told_where_it_lies_elsewhere():
+    class Far:
+        dtype = "int64"
+
+        def __dlpack__(self, **_):
+            raise BufferError("a tensor of another device")
+
+        def __dlpack_device__(self):
+            return (2, 0)
+
+    class Near(Echo):
+        def run_dlpack(self, feeds):
+            return dict(feeds)
+
+        def refit(self, model):
+            return f"refitted with {model}"
+
+    runner = schedule.with_steps(Near(), GRAPH, None)
+    with pytest.raises(UserError, match="`step` and `timestep` are checked on the host") as caught:
+        runner.run_dlpack(fed([0]) | {"step": Far()})
+    assert caught.value.fix.startswith("feed these two from the CPU")
+    assert runner.refit("other.onnx") == "refitted with other.onnx"
+    with pytest.raises(AttributeError):
+        runner.fly()
