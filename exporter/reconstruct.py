@@ -147,12 +147,16 @@ class Calls(ABC):
         """Says where the last loss, which is not finite, went wrong first; nothing where that is plain."""
         return ""
 
+    def parts(self, size: int) -> int:
+        """Returns of how many chunks `size` rows are drawn: one, or where chunks are smaller as few as it takes."""
+        return min(-(-size // self._rows), self._training)
+
     def batch(self, size: int, generator: torch.Generator) -> Iterator[Rows]:
-        """Yields `size` rows, drawn: of one chunk, or where chunks are smaller of as few as it takes, chunk by chunk.
+        """Yields `size` rows, drawn, in `parts`, chunk by chunk.
 
         So no more rows are computed at once than the model is run on; where there are fewer to train on, all of them.
         """
-        count = min(-(-size // self._rows), self._training)
+        count = self.parts(size)
         for part, number in enumerate(torch.randint(self._training, (count,), generator=generator).tolist()):
             chunk = self.read(number)
             share = size // count + (part < size % count)
@@ -357,10 +361,10 @@ def _iterate(calls: Calls, phase: Phase, batch: int, what: str, saved: _Saved) -
         for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = rate * phase.share_of_rate(iteration / phase.iterations)
         optimizer.zero_grad()
-        parts = list(calls.batch(batch, generator))
-        for number, part in enumerate(parts, 1):
-            loss = calls.loss(part) / len(parts)
-            if number == len(parts):
+        parts = calls.parts(batch)
+        for number, part in enumerate(calls.batch(batch, generator), 1):
+            loss = calls.loss(part) / parts
+            if number == parts:
                 loss = loss + phase.regularizer(iteration / phase.iterations)
             if not loss.isfinite():
                 raise UserError(
