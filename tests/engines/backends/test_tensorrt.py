@@ -131,7 +131,7 @@ def test_a_format_the_target_lacks_is_refused_with_the_layer(kind, gpu, fits):
     if fits:
         assert backend.check(layers, gpu) is None
         return
-    with pytest.raises(UserError, match=f"'second' is {kind}.*{gpu}"):
+    with pytest.raises(UserError, match=f"'second' stores its weight in {kind},.*{gpu}"):
         backend.check(layers, gpu)
 
 
