@@ -27,13 +27,17 @@ def without_path(model: str) -> str:
 
 def commands(report: Json, run: str) -> dict[str, str]:
     """Returns a command per section of the page."""
+    from exporter.images import IMAGES  # here: it brings torch
+
+    images = at(report, "settings.images", IMAGES)
+    drawn = ["--images", str(images)] if images != IMAGES else []
     seed = at(report, "settings.seed", 0)
     seeded = ["--seed", str(seed)] if seed else []
     engines = [f"{run}/{engine['path']}" for engine in at(report, "engines", []) if "path" in engine]
     lists = {
-        "run": _run(report, run) + seeded,
-        "validate": ["validate", run, *seeded],
-        "layers": ["validate", run, "--layers", *seeded],
+        "run": _run(report, run) + drawn + seeded,
+        "validate": ["validate", run, *drawn, *seeded],
+        "layers": ["validate", run, "--layers", *drawn, *seeded],
         "bench": ["bench", run],
         "page": ["report", run],
         "ranges": ["inspect", f"{run}/quantized"],

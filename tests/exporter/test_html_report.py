@@ -336,6 +336,17 @@ def test_the_command_of_a_run_has_the_options_of_its_engines():
     assert "--decode" not in words
 
 
+@pytest.mark.parametrize(("images", "written"), [(256, False), (16, True)])
+def test_a_number_of_images_that_is_not_the_default_is_in_the_commands_that_draw_them(images, written):
+    content = report()
+    content["settings"]["images"] = images
+    found = reproduce.commands(content, "run")
+    assert {name for name, words in found.items() if "--images 16" in words} == (
+        {"run", "validate", "layers"} if written else set()
+    )
+    assert not any("--images 256" in words for words in found.values())
+
+
 def test_a_report_of_other_artifacts_is_known_and_one_that_stands_alone_is_taken(tmp_path):
     run = made_run(tmp_path / "run")
     assert not html_report.is_stale(saved(tmp_path / "alone"))
